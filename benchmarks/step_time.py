@@ -1,0 +1,312 @@
+"""Time and memory of one private training step against plain training of the same model.
+
+    python benchmarks/step_time.py gpt2 --compile --rounds 9 --json gpt2.json
+
+One step clears the gradients, runs forward, loss and backward; no noise, no optimizer. The methods take turns, one
+measurement each per round, in one process, so that a busy machine disturbs all of them alike; ratios are taken within
+a round. "Compiled" methods compile forward and loss together with torch.compile(fullgraph=True), plain training too.
+
+The clipping bound is finite but far above every norm. The graph is the one that clips, yet its gradient has to equal
+that of plain training, so the very step that is timed is also checked (column "error").
+
+Memory is the peak of one step above what the process holds between steps, measured in a fresh process per method.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Threads that spin while they wait make a shared machine many times slower. Read once, when torch loads OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import argparse
+import gc
+import json
+import math
+import platform
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from workloads import WORKLOADS, Workload
+
+EAGER_METHODS = ("plain-eager", "split-eager", "fused-eager")
+COMPILED_METHODS = ("plain-compiled", "split-compiled", "fused-compiled")
+METHODS = EAGER_METHODS + COMPILED_METHODS
+MAX_GRAD_NORM = 1e6  # every factor is exactly 1, yet nothing in the graph is left out
+WARM_UP_STEPS = 3
+MEASUREMENT_SECONDS = 0.05  # short steps are repeated until one measurement takes at least this long
+
+Step = Callable[[], Tensor]
+
+
+def make_step(workload: Workload, model: nn.Module, batch: tuple[Any, Tensor], method: str) -> tuple[Step, float]:
+    """A function that runs one step of `method` and returns the loss, and the seconds dpcompile took."""
+    form, _, mode = method.partition("-")
+    inputs, targets = batch
+    trained, prepare_seconds = model, 0.0
+    if form != "plain":
+        from dpcompile import dpcompile  # late: plain training does not need it
+
+        fused: dict[str, Any] = {"loss_fn": workload.loss, "sample_targets": targets} if form == "fused" else {}
+        started = time.perf_counter()
+        trained = dpcompile(model, inputs, max_grad_norm=MAX_GRAD_NORM, **fused)
+        prepare_seconds = time.perf_counter() - started
+
+    def loss_of(inputs: Any, targets: Tensor) -> Tensor:
+        if form == "fused":
+            return trained(inputs, targets=targets)
+        return workload.loss(trained(inputs), targets).mean()
+
+    if mode == "compiled":
+        loss_of = torch.compile(loss_of, fullgraph=True)
+
+    def step() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        loss = loss_of(inputs, targets)
+        loss.backward()
+        return loss
+
+    return step, prepare_seconds
+
+
+def load(workload: Workload, device: torch.device) -> tuple[nn.Module, tuple[Any, Tensor]]:
+    torch.manual_seed(0)
+    model = workload.build().train().to(device)
+    inputs, targets = workload.make_batch()
+    return model, (inputs.to(device), targets.to(device))
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_per_step(step: Step, repeats: int, device: torch.device) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    synchronize(device)
+    return (time.perf_counter() - started) / repeats
+
+
+def gradient_of(model: nn.Module) -> list[Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+def relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """Norm of the difference over norm of the expected gradient, all parameters together, in float64."""
+    difference = sum((a.double() - e.double()).square().sum().item() for a, e in zip(actual, expected, strict=True))
+    size = sum(e.double().square().sum().item() for e in expected)
+    return math.sqrt(difference / size)
+
+
+def measure_times(workload: Workload, methods: list[str], rounds: int, device: torch.device) -> dict[str, Any]:
+    """Per method: seconds of each round, seconds to prepare, and the error of its gradient against plain-eager's."""
+    model, batch = load(workload, device)
+    steps: dict[str, Step] = {}
+    records: dict[str, Any] = {}
+    expected: list[Tensor] = []
+    for method in methods:  # plain-eager is the first
+        started = time.perf_counter()
+        step, dpcompile_seconds = make_step(workload, model, batch, method)
+        for _ in range(WARM_UP_STEPS):
+            step()
+        prepare_seconds = time.perf_counter() - started
+        expected = expected or gradient_of(model)
+        records[method] = {
+            "prepare_seconds": prepare_seconds,  # until after the first steps, torch.compile included
+            "dpcompile_seconds": dpcompile_seconds,
+            "gradient_error": relative_error(gradient_of(model), expected),
+            "seconds": [],
+        }
+        steps[method] = step
+
+    repeats = math.ceil(MEASUREMENT_SECONDS / seconds_per_step(steps["plain-eager"], 3, device))
+    for _ in range(rounds):
+        for method in methods:
+            records[method]["seconds"].append(seconds_per_step(steps[method], repeats, device))
+    return records
+
+
+def resident_bytes(field: str) -> int | None:
+    """VmRSS (now) or VmHWM (peak) of this process; None where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
+
+
+def reset_peak() -> bool:
+    """Bring VmHWM back to VmRSS, so that a peak of the compiler is not taken for one of the step."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return resident_bytes("VmHWM") is not None
+
+
+def measure_peak(workload: Workload, method: str, device: torch.device) -> dict[str, Any]:
+    """Peak bytes of one step above the level between steps; without /proc, above the loaded model."""
+    model, batch = load(workload, device)
+    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    step, _ = make_step(workload, model, batch, method)
+    for _ in range(WARM_UP_STEPS):
+        step()
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    if device.type == "cuda":
+        synchronize(device)
+        level = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return {"peak_bytes": torch.cuda.max_memory_allocated(device) - level, "peak_above": "level between steps"}
+    level = resident_bytes("VmRSS")
+    if level is not None and reset_peak():
+        step()
+        return {"peak_bytes": (resident_bytes("VmHWM") or 0) - level, "peak_above": "level between steps"}
+    step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"peak_bytes": peak - loaded, "peak_above": "loaded model"}
+
+
+def measure_peak_in_fresh_process(name: str, method: str, args: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, __file__, name, "--peak-of", method, "--device", args.device]
+    if args.threads:
+        command += ["--threads", str(args.threads)]
+    # Every large block goes back to the system when freed, so that the level between steps is what is really held.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def summarize(records: dict[str, Any]) -> None:
+    """Add the median and the ratios to plain training: median and quartiles of the ratios within each round."""
+    for record in records.values():
+        record["median_seconds"] = statistics.median(record["seconds"])
+        for base in ("plain-eager", "plain-compiled"):
+            if base not in records:
+                continue
+            ratios = [t / b for t, b in zip(record["seconds"], records[base]["seconds"], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+            record[f"ratio_to_{base}"] = {"median": middle, "quartiles": [low, high]}
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    try:
+        models = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
+        cpu = models[0].partition(":")[2].strip()
+    except (OSError, IndexError):
+        cpu = platform.processor() or platform.machine()
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"cpu": cpu, "cores": os.cpu_count(), "torch_threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def describe_versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "dpcompile"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def as_table(workload: Workload, records: dict[str, Any]) -> Table:
+    table = Table(title=f"{workload.name}: {workload.note}", title_justify="left")
+    table.add_column("method")
+    headings = (
+        "step ms", "time / plain-eager", "time / plain-compiled", "peak MB", "peak / plain-eager", "prepare s", "error"
+    )  # fmt: skip
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    plain_peak = records["plain-eager"].get("peak_bytes")
+    for method, record in records.items():
+        ratios = []
+        for base in ("plain-eager", "plain-compiled"):
+            ratio = record.get(f"ratio_to_{base}")
+            low, high = ratio["quartiles"] if ratio else (0, 0)
+            ratios.append(f"{ratio['median']:.2f} ({low:.2f}–{high:.2f})" if ratio else "–")
+        peak = record.get("peak_bytes")
+        table.add_row(
+            method,
+            f"{1e3 * record['median_seconds']:.1f}",
+            *ratios,
+            f"{peak / 1e6:.0f}" if peak is not None else "–",
+            f"{peak / plain_peak:.2f}" if peak is not None and plain_peak else "–",
+            f"{record['prepare_seconds']:.1f}",
+            f"{record['gradient_error']:.0e}",
+        )
+    return table
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="MODEL", choices=WORKLOADS, help=", ".join(WORKLOADS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: the eager ones, all with --compile")
+    parser.add_argument("--compile", action="store_true", help="time the torch.compile'd methods as well")
+    parser.add_argument("--against", choices=["plain"], default="plain", help="what the ratios are to")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="skip the memory measurements")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number with hardware and versions")
+    parser.add_argument("--peak-of", choices=METHODS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    if args.peak_of:
+        print(json.dumps(measure_peak(WORKLOADS[args.models[0]], args.peak_of, device)))
+        return
+
+    wanted = args.methods or (METHODS if args.compile else EAGER_METHODS)
+    methods = [method for method in METHODS if method in wanted or method == "plain-eager"]
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": describe_machine(device),
+        "versions": describe_versions(),
+        "rounds": args.rounds,
+        "models": {},
+    }
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=130)  # a file has no width to fit
+    console.print(", ".join(f"{k}: {v}" for k, v in (report["hardware"] | report["versions"]).items() if v))
+    for name in args.models:
+        torch._dynamo.reset()
+        records = measure_times(WORKLOADS[name], methods, args.rounds, device)
+        summarize(records)
+        if args.memory:
+            for method in methods:
+                records[method] |= measure_peak_in_fresh_process(name, method, args)
+        report["models"][name] = {"note": WORKLOADS[name].note, "methods": records}
+        console.print(as_table(WORKLOADS[name], records))
+        if args.json:  # after every model, so that an interrupted run leaves what it has
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

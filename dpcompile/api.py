@@ -1,0 +1,188 @@
+"""`dpcompile(model, sample_input)`: the whole road, stage by stage. The only file that imports passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpcompile.calls import CallSpec, bind_sample
+from dpcompile.device import DeviceSpec, spec_for
+from dpcompile.errors import CaptureError, DPCompileError
+from dpcompile.ir import Backward, Program, Tracked, Uses
+from dpcompile.passes.capture import Captured, capture
+from dpcompile.passes.check_supported import check_supported
+from dpcompile.passes.choose_norms import POLICIES, choose_norms
+from dpcompile.passes.combine import GroupReader
+from dpcompile.passes.estimate_costs import estimate_costs
+from dpcompile.passes.find_sites import find_sites
+from dpcompile.passes.insert_norms import insert_norms
+from dpcompile.passes.normalise import normalise
+from dpcompile.passes.reweight_gradients import reweight_gradients
+from dpcompile.passes.split import split
+from dpcompile.passes.tidy import tidy
+from dpcompile.passes.trace_backward import trace_backward
+from dpcompile.passes.track_batch import track_batch
+from dpcompile.plan import Plan
+from dpcompile.runtime import DPModule, Emitted
+from dpcompile.verify import verify
+
+
+def dpcompile(
+    model: nn.Module,
+    sample_input: Any,
+    *,
+    max_grad_norm: float = 1.0,
+    norm_method: str = "auto",
+    loss_reduction: str = "mean",
+    batched: Any = None,
+    loss_fn: Callable[..., torch.Tensor] | None = None,
+    sample_targets: Any = None,
+) -> DPModule:
+    """A module with the model's parameters, call and outputs, whose backward leaves clipped gradients.
+
+    After `loss.backward()`, p.grad = sum_i min(1, R / ||g_i||) g_i over all trainable parameters jointly, times 1/B
+    with `loss_reduction="mean"` (DP-SGD, Abadi et al. 2016; computed by Book-Keeping, arXiv:2210.00038).
+
+    Args:
+        model: any module that torch.export can follow.
+        sample_input: what the model is called with: a tensor, a tuple (positional) or a dict (keyword). Dim 0 of each
+            tensor is the batch. Shapes other than the batch size are fixed by it.
+        max_grad_norm: R, the largest norm of one sample's contribution; float("inf") clips nothing.
+        norm_method: "auto", "ghost" or "explicit" per-sample norms; "paper" is the rule 2 T^2 < p d.
+        loss_reduction: how the caller's loss reduces over samples: "mean" or "sum".
+        batched: where the batch lies if dim 0 of every tensor is not the answer: {"mask": None, "x": 1}, a collection
+            of the names that carry one, or a sequence in the order of the arguments.
+        loss_fn: `f(outputs, targets)` giving per-sample losses [B] (or their sum or mean). Then
+            `dp_model(x, targets=y)` gives the loss, and forward, backward, norms and clipping are one graph.
+        sample_targets: targets of the sample, for `loss_fn`.
+
+    Raises:
+        BatchMixingError: samples influence each other; every place is named.
+        NoRuleError: an op is not known to be per-sample.
+        CaptureError: torch.export cannot capture the model, or the sample does not fit it.
+        ValueError: an argument out of its range.
+    """
+    _check_arguments(model, max_grad_norm, norm_method, loss_reduction, loss_fn, sample_targets)
+    analysis = analyse(model, sample_input, batched=batched, loss_fn=loss_fn, sample_targets=sample_targets)
+    plan = analysis.plan(norm_method)
+    emitted = analysis.emit(plan, mean=loss_reduction == "mean")
+    return DPModule(model, emitted, max_grad_norm)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What is known of a model before any choice is made."""
+
+    call: CallSpec
+    captured: Captured
+    program: Program  # captured, normalised
+    tracked: Tracked
+    uses: Uses
+    backward: Backward
+    fused: bool
+    trainable: tuple[str, ...]
+
+    def plan(self, policy: str = "auto", *, device: DeviceSpec | None = None, batch_size: int | None = None) -> Plan:
+        costs = estimate_costs(self.program, self.backward, self.uses)
+        return choose_norms(
+            self.program,
+            self.uses,
+            costs,
+            device or spec_for(self.call.device),
+            policy=policy,
+            batch_size=batch_size or max(self.call.batch_size, 1),
+        )
+
+    def emit(self, plan: Plan, *, mean: bool) -> Emitted:
+        """The emitted graphs: norms, clip factors and clipped sums written behind the traced backward."""
+        readers = [
+            GroupReader(group, self.program, self.tracked, self.backward)
+            for group in self.uses.groups
+            if group.name in plan.choices
+        ]
+        normed = insert_norms(
+            self.backward.program, readers, plan, mean=mean and not self.fused, record=not self.fused
+        )
+        verify(normed.program, "insert-norms")
+        program = verify(tidy(reweight_gradients(normed, readers, plan)), "reweight-gradients")
+        if self.fused:
+            return Emitted(program, None, 0, self.call, self.captured.out_spec, plan, self.trainable)
+        parts = split(program)
+        verify(parts.forward, "split")
+        verify(parts.backward, "split")
+        return Emitted(
+            parts.forward, parts.backward, len(parts.saved), self.call, self.captured.out_spec, plan, self.trainable
+        )
+
+
+def analyse(
+    model: nn.Module,
+    sample_input: Any,
+    *,
+    batched: Any = None,
+    loss_fn: Callable[..., torch.Tensor] | None = None,
+    sample_targets: Any = None,
+) -> Analysis:
+    """Capture, proof, uses and backward of a model. The model's training flags are left as they were."""
+    _check_parameters(model)
+    call = bind_sample(model, sample_input, batched, sample_targets)
+    was_training = model.training
+    flags = {module: module.training for module in model.modules()}
+    if not was_training:
+        model.train()
+    try:
+        captured = capture(model, call, loss_fn)
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+    fused = loss_fn is not None
+    program = verify(normalise(captured.program), "normalise")
+    tracked = track_batch(program, loss=fused)
+    check_supported(program, tracked)
+    uses = find_sites(program, tracked)
+    trainable = tuple(name for name, p in model.named_parameters() if p.requires_grad)
+    backward = trace_backward(program, tracked, uses, loss=fused)
+    verify(backward.program, "trace-backward")
+    return Analysis(call, captured, program, tracked, uses, backward, fused, trainable)
+
+
+def _check_arguments(
+    model: object,
+    max_grad_norm: float,
+    norm_method: str,
+    loss_reduction: str,
+    loss_fn: object,
+    sample_targets: object,
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected model to be an nn.Module, got {type(model).__name__}.")
+    if not isinstance(max_grad_norm, (int, float)) or math.isnan(max_grad_norm) or max_grad_norm <= 0:
+        raise ValueError(f"Expected max_grad_norm={max_grad_norm!r} > 0 (float('inf') for no clipping).")
+    if norm_method not in POLICIES:
+        raise ValueError(f"Expected norm_method={norm_method!r} to be one of {', '.join(POLICIES)}.")
+    if loss_reduction not in ("mean", "sum"):
+        raise ValueError(f"Expected loss_reduction={loss_reduction!r} to be 'mean' or 'sum'.")
+    if (loss_fn is None) != (sample_targets is None):
+        raise ValueError("Give loss_fn and sample_targets together: the fused form needs both.")
+
+
+def _check_parameters(model: nn.Module) -> None:
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise DPCompileError(
+            f"dpcompile: {type(model).__name__} has no trainable parameters. Call requires_grad_(True) on some."
+        )
+    bad = [name for name, p in trainable.items() if p.is_complex()]
+    if bad:
+        raise DPCompileError(
+            f"dpcompile: complex parameters are not supported: {', '.join(bad)}. Keep real and imaginary parts as "
+            "two real parameters (torch.view_as_real)."
+        )
+    lazy = [name for name, p in trainable.items() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise CaptureError(f"dpcompile: {', '.join(lazy)} not initialised yet. Run the model once first.")

@@ -1,0 +1,132 @@
+"""What was decided for each group of uses, what it costs, and why: records and their printed form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import sympy
+
+from dpcompile.device import DeviceSpec
+from dpcompile.shapes import B, D, G, P, T
+
+
+class Method(Enum):
+    GHOST = "ghost"
+    EXPLICIT = "explicit"  # made for the norm, dropped, contracted again for the clipped sum
+    KEPT = "kept"  # made for the norm, kept until the clip factors are known: no second contraction
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of norm and clipped sum together. Sympy expressions in B, T, d, p, G; bytes in bytes."""
+
+    flops: sympy.Expr  # matmul flops, two per multiply-add, as torch counts them
+    bytes: sympy.Expr  # moved
+    transient: sympy.Expr  # bytes alive only while the norm is computed
+    held: sympy.Expr  # bytes alive from the norm until the clip factors are known
+
+    def at(self, sizes: Mapping[sympy.Symbol, int]) -> Cost:
+        return Cost(*(sympy.sympify(e).subs(sizes) for e in (self.flops, self.bytes, self.transient, self.held)))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One row of the plan: uses of one kind that are concatenated along T and handled as one."""
+
+    group: str
+    module: str
+    op: str
+    kind: str  # outer, onehot, explicit, cross
+    uses: int
+    sizes: Mapping[sympy.Symbol, int]  # T, d, p, G
+    plain: Cost
+    options: Mapping[Method, Cost]
+
+    def size(self, symbol: sympy.Symbol) -> int:
+        return self.sizes[symbol]
+
+
+@dataclass(frozen=True)
+class GroupCost:
+    name: str
+    parts: tuple[Part, ...]
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """Methods that every part of the group can follow."""
+        return tuple(m for m in Method if all(m in part.options for part in self.parts))
+
+
+@dataclass(frozen=True)
+class Choice:
+    method: Method
+    reason: str
+
+
+@dataclass(frozen=True)
+class Costs:
+    groups: tuple[GroupCost, ...]
+    backbone_flops: sympy.Expr  # forward and output gradients, in B
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions. `print(plan)` shows one row for each use of a parameter, and totals against plain training."""
+
+    policy: str
+    device: DeviceSpec
+    batch_size: int  # at which choices were made
+    costs: Costs
+    choices: Mapping[str, Choice]  # by group name
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def method(self, group: str) -> Method:
+        return self.choices[group].method
+
+    def flops(self) -> sympy.Expr:
+        """All matmul flops of one private step, in B: what FlopCounterMode counts on the emitted graphs."""
+        return sympy.expand(
+            self.costs.backbone_flops
+            + sum(
+                part.options[self.method(group.name)].flops.subs(part.sizes)
+                for group in self.costs.groups
+                for part in group.parts
+            )
+        )
+
+    def plain_flops(self) -> sympy.Expr:
+        """The same for plain training: backbone and one contraction for each use."""
+        return sympy.expand(
+            self.costs.backbone_flops
+            + sum(part.plain.flops.subs(part.sizes) for group in self.costs.groups for part in group.parts)
+        )
+
+    def held_bytes(self) -> sympy.Expr:
+        return sympy.expand(
+            sum(
+                (
+                    part.options[self.method(group.name)].held.subs(part.sizes)
+                    for group in self.costs.groups
+                    for part in group.parts
+                ),
+                sympy.Integer(0),
+            )
+        )
+
+    def __str__(self) -> str:
+        from dpcompile.report import plan_text
+
+        return plan_text(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        from dpcompile.report import plan_dict
+
+        return plan_dict(self)
+
+
+SYMBOLS = (B, T, D, P, G)

@@ -1,0 +1,173 @@
+"""Ops that change what one dimension holds: the batch is folded into it with others, unfolded, repeated or cut."""
+
+from __future__ import annotations
+
+import sympy
+
+from dpcompile.ir import Axis, Value
+from dpcompile.rules.batching.base import CONSTANT, Call, Mixes, Size, batched, move, shape_of
+from dpcompile.rules.batching.views import PICK
+
+
+def reshape(call: Call) -> Value:
+    """view, reshape, flatten, unflatten: the batch is found again by its stride among the flattened elements."""
+    value = call.value("self")
+    if value.axis is None:
+        return value
+    return Value(value.kind, refold(call, value.axis, call.shape("self"), call.out_shape))
+
+
+def refold(call: Call, axis: Axis, before: tuple[Size, ...], after: tuple[Size, ...]) -> Axis:
+    """Where the batch lies after a reshape.
+
+    In row-major order neighbouring samples are `stride` elements apart. The dimension of the result that contains B
+    has `suffix` elements behind it, so its inner fold is stride / suffix.
+    """
+    dims = call.batch.dims(after)
+    if len(dims) != 1:
+        raise Mixes("reshapes the batch into several dimensions" if dims else "reshapes the batch away")
+    dim = dims[0]
+    multiple, suffix, stride = call.batch.multiple(after[dim]), _product(after[dim + 1 :]), _product(before[axis.dim + 1 :])
+    if multiple is None or suffix is None or stride is None:
+        raise Mixes("splits the batch by a fixed number")
+    if suffix == 0:
+        return Axis(dim, 1, multiple)  # no elements at all
+    inner, rest = divmod(axis.inner * stride, suffix)
+    if rest != 0 or inner == 0 or multiple % inner != 0:
+        raise Mixes("puts elements of different samples into one row")
+    return Axis(dim, multiple // inner, inner)
+
+
+def _product(sizes: tuple[Size, ...]) -> int | None:
+    """The number of elements; None where it is not a plain number."""
+    product = 1
+    for size in sizes:
+        if not isinstance(size, int):
+            return None
+        product *= size
+    return product
+
+
+def expand(call: Call) -> Value:
+    """Expanding what is the same for every sample to B gives every sample its own copy."""
+    value = call.value("self")
+    shape = call.out_shape
+    dims = call.batch.dims(shape)
+    if value.axis is not None:
+        return move(value, value.axis.dim + len(shape) - len(call.shape("self")))
+    return copies(call, dims, shape) if dims else value
+
+
+def copies(call: Call, dims: list[int], shape: tuple[Size, ...]) -> Value:
+    multiple = call.batch.multiple(shape[dims[0]])
+    if len(dims) != 1 or multiple is None:
+        raise Mixes("makes a value that pairs samples with each other", "Give it the batch in one dimension only.")
+    return batched(Axis(dims[0], 1, multiple))
+
+
+def broadcast_tensors(call: Call) -> tuple[Value, ...]:
+    found = []
+    for arg, val in zip(call.args["tensors"], call.node.meta["val"], strict=True):
+        value, shape = call.known(arg), shape_of(val)
+        dims = call.batch.dims(shape)
+        if value.axis is not None:
+            found.append(move(value, value.axis.dim + len(shape) - len(shape_of(arg))))
+        else:
+            found.append(copies(call, dims, shape) if dims else value)
+    return tuple(found)
+
+
+def cat(call: Call) -> Value:
+    tensors = call.args["tensors"]
+    shape = call.out_shape
+    dim = call.dim("dim", len(shape))
+    items = [(call.known(t), shape_of(t)) for t in tensors]
+    items = [(value, size) for value, size in items if size != (0,)]  # cat skips empty vectors
+    axes = [value.axis for value, _ in items if value.axis is not None]
+    if not axes:
+        return CONSTANT
+    if axes[0].dim != dim:
+        if any(axis != axes[0] for axis in axes):
+            raise Mixes("joins tensors whose batch lies in different places")
+        return batched(axes[0])
+    if len(axes) != len(items) or any((a.dim, a.inner) != (dim, axes[0].inner) for a in axes):
+        raise Mixes("appends rows to the batch", "Append along another dimension.")
+    return batched(Axis(dim, sum(a.outer for a in axes), axes[0].inner))
+
+
+def repeat(call: Call) -> Value:
+    """repeat, tile: index = repetition * size + old index, so repeating the batch dimension adds to the outer fold."""
+    value, before, shape = call.value("self"), call.shape("self"), call.out_shape
+    dims = call.batch.dims(shape)
+    if value.axis is None:
+        return copies(call, dims, shape) if dims else value
+    dim = value.axis.dim + len(shape) - len(before)
+    multiple = call.batch.multiple(shape[dim])
+    if multiple is None or len(dims) != 1:
+        raise Mixes("repeats the batch once for each sample")
+    return Value(value.kind, Axis(dim, multiple // value.axis.inner, value.axis.inner))
+
+
+def repeat_interleave(call: Call) -> Value:
+    value, before = call.value("self"), call.shape("self")
+    dim, axis, repeats = call.args.get("dim"), value.axis, call.number("repeats")
+    if dim is None and len(before) > 1:
+        raise Mixes("flattens the samples into one row", "Give repeat_interleave a dimension.")
+    dim = (dim or 0) % max(len(before), 1)
+    if axis is None and call.batch.is_multiple(repeats):  # index = old index * repeats + repetition
+        size = before[dim] if before else 1
+        if isinstance(size, int) and size > 0:
+            return batched(Axis(dim, size, call.batch.multiple(repeats) or 1))
+    if axis is None or not isinstance(repeats, int):
+        raise Mixes("repeats samples a varying number of times", "Repeat each the same number of times.", never=False)
+    if dim != axis.dim:
+        return value
+    return Value(value.kind, Axis(axis.dim, axis.outer, axis.inner * repeats))
+
+
+def slice_(call: Call) -> Value:
+    value = call.value("self")
+    axis, before = value.axis, call.shape("self")
+    dim = call.dim("dim", len(before)) if before else 0
+    if axis is None:
+        return value
+    if dim != axis.dim:
+        call.require_no_batch_size("start", "end")
+        return value
+    if call.out_shape[dim] == before[dim] and call.args["step"] == 1:
+        return value
+    start = call.number("start") or 0
+    return Value(value.kind, block(call, axis, start, call.out_shape[dim], call.args["step"]))
+
+
+def block(call: Call, axis: Axis, start: Size, length: Size, step: int = 1) -> Axis:
+    """The axis of a slice of the batch dimension that takes whole outer blocks of B * inner."""
+    length_multiple = call.batch.multiple(length)
+    start_expr = sympy.sympify(start)
+    quotient = sympy.cancel(start_expr / call.batch.expr)
+    whole = (
+        step == 1
+        and length_multiple is not None
+        and length_multiple > 0
+        and quotient.is_Integer
+        and quotient % axis.inner == 0
+        and length_multiple % axis.inner == 0
+    )
+    if not whole or length_multiple is None:
+        raise Mixes("picks some samples of the batch by their position", PICK)
+    return Axis(axis.dim, length_multiple // axis.inner, axis.inner)
+
+
+def split(call: Call) -> tuple[Value, ...]:
+    """split, split_with_sizes, chunk, tensor_split."""
+    value = call.value("self")
+    axis, pieces = value.axis, call.node.meta["val"]
+    dim = call.dim("dim", len(call.shape("self")))
+    if axis is None or dim != axis.dim or len(pieces) == 1:
+        return (value,) * len(pieces)
+    found, start = [], sympy.Integer(0)
+    for piece in pieces:
+        length = shape_of(piece)[dim]
+        found.append(Value(value.kind, block(call, axis, start, length)))
+        start = start + length
+    return tuple(found)

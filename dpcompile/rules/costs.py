@@ -1,0 +1,63 @@
+"""Symbolic cost of one use of a parameter, by form and method, in B, T, d, p and G; e is the element size in bytes.
+
+Flops are those of the matrix products in forms.py and equal what torch's FlopCounterMode counts on the emitted graph.
+
+    form      ghost norm          explicit norm   clipped sum                       source
+    outer     2 B G T^2 (p + d)   2 B G T p d     2 B G T p d, kept: 2 B G p d      2210.00038 table 3
+    onehot    2 B T^2 d           0 (scatter)     0 (index_add), kept: 2 B p d      2205.10683 section 3
+    explicit  -                   0               2 B p
+    cross     2 B T_1 T_2 d       0               0                                 ours: tied look-up and head
+
+A single use at one position (T = 1) needs no Gram: its norm is the product of two norms.
+"""
+
+from __future__ import annotations
+
+import sympy
+
+from dpcompile.plan import Cost, Method
+from dpcompile.shapes import B, D, G, P, T
+
+ZERO = sympy.Integer(0)
+
+
+def outer(e: int, T_value: int) -> tuple[Cost, dict[Method, Cost]]:
+    contraction, read = 2 * B * G * T * P * D, B * G * T * (P + D)
+    weights, kept = G * P * D, B * G * P * D
+    plain = Cost(contraction, e * (read + weights), ZERO, ZERO)
+    gram = 2 * B * G * T**2 * (P + D) if T_value > 1 else ZERO
+    squares = B * G * T**2 if T_value > 1 else ZERO
+    booked = e * B * G * T * P  # the output gradient waits for the clip factors
+    rescale = 2 * B * G * T * sympy.Min(P, D)
+    options = {
+        Method.GHOST: Cost(gram + contraction, e * (2 * read + 6 * squares + rescale + weights), e * 3 * squares, booked),
+        Method.EXPLICIT: Cost(2 * contraction, e * (2 * read + 4 * kept + rescale + weights), e * 2 * kept, booked),
+        Method.KEPT: Cost(contraction + 2 * kept, e * (read + 5 * kept + weights), e * kept, e * kept),
+    }
+    return plain, options
+
+
+def onehot(e: int) -> tuple[Cost, dict[Method, Cost]]:
+    read, table, kept = B * T * D, P * D, B * P * D
+    plain = Cost(ZERO, e * (read + table), ZERO, ZERO)
+    options = {
+        Method.GHOST: Cost(2 * B * T**2 * D, e * (4 * read + 4 * B * T**2 + table), e * 3 * B * T**2, e * read),
+        Method.EXPLICIT: Cost(ZERO, e * (4 * read + 4 * kept + table), e * 2 * kept, e * read),
+        Method.KEPT: Cost(2 * kept, e * (2 * read + 5 * kept + table), e * kept, e * kept),
+    }
+    return plain, options
+
+
+def explicit(e: int) -> tuple[Cost, dict[Method, Cost]]:
+    size = B * G * P * D
+    plain = Cost(ZERO, e * B * G * T * P * D, ZERO, ZERO)
+    cost = Cost(2 * size, e * (B * G * T * P * D + 4 * size), e * size, e * size)
+    return plain, {Method.GHOST: cost, Method.EXPLICIT: cost, Method.KEPT: cost}
+
+
+def cross(e: int, T_left: int, T_right: int) -> tuple[Cost, dict[Method, Cost]]:
+    """Look-up at T_left positions with a product at T_right positions, both on one table."""
+    pairs = B * T_left * T_right
+    nothing = Cost(ZERO, ZERO, ZERO, ZERO)
+    ghost = Cost(2 * pairs * D, e * (B * (T_left + T_right) * D + 5 * pairs), e * 3 * pairs, ZERO)
+    return nothing, {Method.GHOST: ghost, Method.EXPLICIT: nothing, Method.KEPT: nothing}

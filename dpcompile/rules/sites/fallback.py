@@ -1,0 +1,68 @@
+"""Any other op: the per-sample gradient by vmap of the op's own vjp. Slow, but right; the report says so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dpcompile.forms import Explicit, Form
+from dpcompile.rules.sites.base import Call, Tap, Work, call_bound, is_tensor, per_sample_size, pick, put, slots_of, tapped
+
+
+class Fallback:
+    name = "fallback"
+    vmapped = True
+
+    def accepts(self, call: Call) -> bool:
+        axes = [call.axis(slot) for slot in slots_of(call.arguments)]
+        return (
+            isinstance(call.node.meta["val"], torch.Tensor)
+            and not call.out_axis.folded
+            and not any(axis.folded for axis in axes if axis is not None)
+            and any(axis is not None for axis in axes)
+            and not any(not is_tensor(node) for node in call.node.all_input_nodes)
+            and torch.Tag.nondeterministic_seeded not in call.node.target.tags  # type: ignore[union-attr]
+        )
+
+    def _batched(self, call: Call) -> dict[str, int]:
+        axes = {slot: call.axis(slot) for slot in slots_of(call.arguments)}
+        return {slot: axis.dim for slot, axis in axes.items() if axis is not None}
+
+    def run(self, call: Call, arguments: dict[str, Any]) -> tuple[Any, dict[str, Tap]]:
+        result = tapped(call_bound(call.node.target, arguments))
+        saved = tuple(pick(arguments, slot) for slot in slots_of(call.arguments))
+        return result, {slot: Tap(result, saved) for slot in call.slots}
+
+    def form(self, call: Call, slot: str) -> Callable[..., Form]:
+        batched, slots = self._batched(call), tuple(slots_of(call.arguments))
+        out_dim, shape = call.out_axis.dim, call.shape(slot)
+
+        def form(*tensors: torch.Tensor) -> Form:
+            *saved, grad = tensors
+            given = dict(zip(slots, saved, strict=True))
+
+            def one(grad_i: torch.Tensor, *slices: torch.Tensor) -> torch.Tensor:
+                arguments = dict(call.arguments)
+                for name, tensor in given.items():
+                    arguments = put(arguments, name, tensor)
+                for (name, dim), piece in zip(batched.items(), slices, strict=True):
+                    arguments = put(arguments, name, piece.unsqueeze(dim))
+
+                def op(value: torch.Tensor) -> torch.Tensor:
+                    return call_bound(call.node.target, put(arguments, slot, value))
+
+                _, vjp = torch.func.vjp(op, given[slot])
+                return vjp(grad_i.unsqueeze(out_dim))[0]
+
+            in_dims = (out_dim, *batched.values())
+            grads = torch.func.vmap(one, in_dims=in_dims)(grad, *(given[name] for name in batched))
+            return Explicit(grads.reshape([grads.shape[0], *shape]))
+
+        return form
+
+    def work(self, call: Call, slot: str) -> Work:
+        size = max(math.prod(call.shape(slot)), 1)
+        return Work("explicit", max(per_sample_size(call.out, call.out_axis) // size, 1), 1, size)

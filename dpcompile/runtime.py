@@ -1,0 +1,306 @@
+"""The module that dpcompile gives back: the model's own parameters and call, with a private backward."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from dpcompile import records
+from dpcompile.calls import TARGETS, CallSpec
+from dpcompile.errors import DPCompileError
+from dpcompile.ir import Input, InputKind, OutputKind, Program
+from dpcompile.plan import Plan
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """The emitted graphs. Split form: forward and backward. Fused form: `forward` is the whole step."""
+
+    forward: Program
+    backward: Program | None
+    saved: int  # how many results of the forward are kept for the backward
+    call: CallSpec
+    out_spec: pytree.TreeSpec
+    plan: Plan
+    trainable: tuple[str, ...]  # qualified names of the parameters that were trainable at compile time
+
+
+class DPModule(nn.Module):
+    """A model whose backward leaves clipped gradients. Made by `dpcompile.dpcompile`.
+
+    Shares the parameters and buffers of `model`: an optimizer, `state_dict()` and `to()` see the model's own.
+    In eval mode, or without gradients, it is the model itself.
+    """
+
+    def __init__(self, model: nn.Module, emitted: Emitted, max_grad_norm: float) -> None:
+        super().__init__()
+        object.__setattr__(self, "module", model)  # not a submodule: names stay the model's own
+        self._emitted = emitted
+        self._share()
+        self.training = model.training
+        self._bound = float(max_grad_norm)
+        self._handle = records.new_handle()
+        weakref.finalize(self, records.forget, self._handle)
+
+    def _share(self) -> None:
+        for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            object.__setattr__(self, kind, getattr(self.module, kind))
+
+    # ------------------------------------------------------------ what was compiled
+
+    @property
+    def plan(self) -> Plan:
+        """What was decided for every use of every parameter, and why."""
+        return self._emitted.plan
+
+    @property
+    def forward_module(self) -> fx.GraphModule:
+        """The emitted forward graph (in the fused form the whole step)."""
+        return self._emitted.forward.module
+
+    @property
+    def backward_module(self) -> fx.GraphModule | None:
+        """The emitted backward graph; None in the fused form."""
+        return None if self._emitted.backward is None else self._emitted.backward.module
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The emitted step: the fused graph, or the backward with norms, clip factors and clipped sums."""
+        return self.backward_module or self.forward_module
+
+    @property
+    def max_grad_norm(self) -> float:
+        """R, the bound on each sample's contribution."""
+        return self._bound
+
+    @property
+    def per_sample_norms(self) -> torch.Tensor:
+        """[B] norms of the unscaled per-sample gradients of the last backward, detached. Not private."""
+        norms = records.recorded(self._handle)
+        if norms is None:
+            raise DPCompileError("per_sample_norms: there was no backward yet.")
+        return norms
+
+    # ------------------------------------------------------------ the call
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not (self.training and torch.is_grad_enabled()):
+            return self._inference(args, kwargs)
+        self._check_unchanged()
+        leaves = self._emitted.call.flatten(args, kwargs)
+        size = self._emitted.call.batch_size_of(leaves)
+        padded = _pad_empty(self._emitted.call, leaves) if size == 0 else leaves
+        if self._emitted.backward is None:
+            return self._fused(padded, empty=size == 0)
+        return self._split(padded, empty=size == 0)
+
+    def _inference(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model itself. Parameters enter detached: no gradient could be clipped on this way."""
+        kwargs.pop(TARGETS, None) if self._emitted.backward is None else None
+        if not torch.is_grad_enabled():
+            return self.module(*args, **kwargs)
+        held = {name: p.detach() for name, p in self.module.named_parameters()}
+        return torch.func.functional_call(self.module, held, args, kwargs)
+
+    def _split(self, leaves: list[Any], *, empty: bool) -> Any:
+        emitted = self._emitted
+        assert emitted.backward is not None
+        primals = self._primals(emitted.forward, leaves)
+        flat = _PrivateFunction.apply(emitted, self._bound_tensor(primals), ~self._handle if empty else self._handle, *primals)
+        flat = self._write_buffers(emitted.forward, flat if isinstance(flat, tuple) else (flat,))
+        if empty:
+            flat = [value[:0] if isinstance(value, torch.Tensor) and value.dim() else value for value in flat]
+        return pytree.tree_unflatten(flat, emitted.out_spec)
+
+    def _fused(self, leaves: list[Any], *, empty: bool) -> Any:
+        emitted = self._emitted
+        primals = self._primals(emitted.forward, leaves)
+        flat = _FusedFunction.apply(emitted, self._bound_tensor(primals), empty, *primals)
+        *flat, norms = flat
+        records.write(~self._handle if empty else self._handle, norms)
+        (loss,) = self._write_buffers(emitted.forward, flat)
+        return loss
+
+    def _bound_tensor(self, primals: list[Any]) -> torch.Tensor:
+        return torch.tensor(self._bound, dtype=torch.float64, device=primals[0].device)
+
+    def _primals(self, program: Program, leaves: list[Any]) -> list[Any]:
+        users = iter(leaves)
+        found = []
+        for item in program.inputs:
+            if item.kind is InputKind.USER:
+                value = next(users)
+                found.append(value.contiguous() if isinstance(value, torch.Tensor) else value)
+            elif item.kind is InputKind.CONSTANT:
+                found.append(program.constants[item.target])
+            elif item.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+                found.append(self._tensor(item))
+        return found
+
+    def _tensor(self, item: Input) -> torch.Tensor:
+        owner, _, name = item.target.rpartition(".")
+        module = self.module.get_submodule(owner)
+        return getattr(module, name)
+
+    def _write_buffers(self, program: Program, flat: Any) -> list[Any]:
+        kept = []
+        for value, output in zip(flat, _model_outputs(program), strict=False):
+            if output.kind is OutputKind.BUFFER:
+                owner, _, name = output.target.rpartition(".")
+                with torch.no_grad():
+                    getattr(self.module.get_submodule(owner), name).copy_(value)
+            else:
+                kept.append(value)
+        return kept
+
+    def _check_unchanged(self) -> None:
+        now = tuple(name for name, p in self.module.named_parameters() if p.requires_grad)
+        if now != self._emitted.trainable:
+            raise DPCompileError(_changed_message(self._emitted.trainable, now))
+
+    # ------------------------------------------------------------ being a module
+
+    def train(self, mode: bool = True) -> DPModule:
+        self.module.train(mode)
+        self.training = mode
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return self.module.load_state_dict(state_dict, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("module", "_emitted", "__setstate__"):
+                raise
+            return getattr(self.module, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_handle")
+        return {key: value for key, value in self.__dict__.items() if key not in shared}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._share()
+        self.__dict__["_handle"] = records.new_handle()
+        weakref.finalize(self, records.forget, self._handle)
+
+    def __repr__(self) -> str:
+        return f"DPModule(max_grad_norm={self._bound:g}, {self.module!r})"
+
+
+def _model_outputs(program: Program) -> Iterator[Any]:
+    return (o for o in program.outputs if o.kind in (OutputKind.USER, OutputKind.BUFFER))
+
+
+def _changed_message(then: tuple[str, ...], now: tuple[str, ...]) -> str:
+    frozen = [name for name in then if name not in now]
+    added = [name for name in now if name not in then]
+    parts = [f"no longer trainable: {', '.join(frozen[:5])}"] if frozen else []
+    parts += [f"newly trainable: {', '.join(added[:5])}"] if added else []
+    return (
+        f"call: the trainable parameters changed after compilation ({'; '.join(parts) or 'their order'}). "
+        "Compile again with dpcompile(...)."
+    )
+
+
+def _pad_empty(call: CallSpec, leaves: list[Any]) -> list[Any]:
+    """An empty batch as one sample of zeros, which then has no part in outputs, norms or gradients."""
+    padded = []
+    for leaf, value in zip(call.leaves, leaves, strict=True):
+        if leaf.batch_dim is None:
+            padded.append(value)
+        else:
+            shape = list(value.shape)
+            shape[leaf.batch_dim] = 1
+            padded.append(value.new_zeros(shape))
+    return padded
+
+
+class _PrivateFunction(torch.autograd.Function):
+    """The split form: the emitted forward, and behind it the emitted backward."""
+
+    @staticmethod
+    def forward(ctx: Any, emitted: Emitted, bound: torch.Tensor, handle: int, *primals: Any) -> Any:
+        results = emitted.forward.module(*primals)
+        count = len(results) - emitted.saved
+        ctx.emitted, ctx.handle = emitted, handle
+        kept = results[count:]
+        tensors = [t for t in kept if isinstance(t, torch.Tensor)]
+        ctx.save_for_backward(bound, *tensors)
+        ctx.plain = [None if isinstance(t, torch.Tensor) else t for t in kept]
+        outputs = tuple(results[:count])
+        fixed = [
+            value
+            for value, o in zip(outputs, _model_outputs(emitted.forward), strict=True)
+            if isinstance(value, torch.Tensor) and not o.wants_gradient
+        ]
+        ctx.mark_non_differentiable(*fixed)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        emitted: Emitted = ctx.emitted
+        bound, *tensors = ctx.saved_tensors
+        given = iter(tensors)
+        saved = [next(given) if plain is None else plain for plain in ctx.plain]
+        del tensors, given
+        program = emitted.backward
+        assert program is not None
+        tangents = [grads[int(i.target)].contiguous() for i in program.inputs if i.kind is InputKind.TANGENT]
+        results = program.module(*saved, *tangents, bound, ctx.handle)
+        by_name = {o.target: g for o, g in zip(program.outputs, results, strict=True) if o.kind is OutputKind.GRADIENT}
+        return (
+            None,
+            None,
+            None,
+            *(by_name.get(i.target) if i.kind is InputKind.PARAMETER and i.trainable else None for i in emitted.forward.inputs),
+        )
+
+
+class _FusedFunction(torch.autograd.Function):
+    """The fused form: gradients are results of the forward; the backward hands them over."""
+
+    @staticmethod
+    def forward(ctx: Any, emitted: Emitted, bound: torch.Tensor, empty: bool, *primals: Any) -> Any:
+        program = emitted.forward
+        results = program.module(*primals, bound)
+        own, grads, norms = [], {}, None
+        for output, value in zip(program.outputs, results, strict=True):
+            if output.kind is OutputKind.GRADIENT:
+                grads[output.target] = value
+            elif output.kind is OutputKind.NORMS:
+                norms = value
+            else:
+                own.append(value)
+        assert norms is not None
+        ctx.save_for_backward(*grads.values())
+        ctx.names, ctx.emitted = tuple(grads), emitted
+        fixed = [v for v, o in zip(own, _model_outputs(program), strict=True) if o.kind is OutputKind.BUFFER]
+        ctx.mark_non_differentiable(norms, *fixed)
+        return (*own, norms)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        program = ctx.emitted.forward
+        at = next(i for i, o in enumerate(_model_outputs(program)) if o.kind is OutputKind.USER)
+        scale = grads[at]
+        by_name = {name: g * scale for name, g in zip(ctx.names, ctx.saved_tensors, strict=True)}
+        return (
+            None,
+            None,
+            None,
+            *(by_name.get(i.target) if i.kind is InputKind.PARAMETER and i.trainable else None for i in program.inputs if i.kind is not InputKind.BOUND),
+        )
+
+

@@ -1,0 +1,115 @@
+"""Every private torch API that dpcompile touches, each with the reason why no public one serves."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch._decomp import decomposition_table  # no public table holds the RNN decompositions
+from torch._dispatch.python import enable_python_dispatcher  # symbolic shapes need it inside make_fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental import _config as fx_config
+from torch.fx.experimental.proxy_tensor import make_fx
+
+aten = torch.ops.aten
+
+# Recurrent kernels are one opaque op each; torch's own decompositions turn them into linear and pointwise ops.
+RNN_DECOMPOSITIONS = {
+    op: decomposition_table[op]
+    for op in (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+}
+
+
+@contextlib.contextmanager
+def oblivious_batch() -> Iterator[None]:
+    """Export and tracing treat a batch size with a hint as if it could be 0 or 1 (range [0, inf) instead of [2, inf))."""
+    with fx_config.patch(backed_size_oblivious=True):
+        yield
+
+
+def fake_mode_of(graph: torch.fx.Graph) -> FakeTensorMode:
+    """The fake tensor mode, with its ShapeEnv, in which a captured graph lives."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    raise AssertionError("a captured graph has at least one tensor")
+
+
+def trace(
+    fn: Callable[..., Any], *values: Any, mode: FakeTensorMode, decompose: bool = False, vmapped: bool = False
+) -> torch.fx.GraphModule:
+    """The aten graph of `fn` on fake values, with the batch size kept symbolic; in core aten ops with `decompose`.
+
+    make_fx in "real" mode on fake inputs keeps their ShapeEnv: the same symbol stands for the batch everywhere.
+    `vmapped` says that `fn` uses torch.func.vmap over the batch: see `_trace_vmapped`.
+    """
+    table = torch.export.default_decompositions() if decompose else {}
+    with oblivious_batch(), enable_python_dispatcher():
+        if vmapped:
+            fn = _trace_vmapped(fn, values)
+        with mode:
+            module = make_fx(fn, decomposition_table=table, tracing_mode="real")(*values)
+            if any(_mutates(node) for node in module.graph.nodes):
+                # torch writes some ops (circular padding) as copies into an empty tensor: a second trace makes them pure
+                module = make_fx(torch.func.functionalize(module), tracing_mode="real")(*values)
+    return module
+
+
+def _mutates(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _trace_vmapped(fn: Callable[..., Any], values: Sequence[Any]) -> torch.fx.GraphModule:
+    """`fn` traced at one batch size, with that size then replaced by the batch symbol.
+
+    Some batching rules of functorch (slice_backward) write the sizes that they see into the graph, which would fix
+    the batch symbol. So the trace is made with plain numbers, in a fake mode of its own; the batch size there is a
+    prime that no dimension of the model shares (passes/capture.py), and its multiples are the batch.
+    """
+    alone = FakeTensorMode()
+    with alone:
+        concrete = [
+            torch.empty([_number(s) for s in v.shape], dtype=v.dtype, device=v.device) if isinstance(v, torch.Tensor) else v
+            for v in values
+        ]
+        module = make_fx(fn, tracing_mode="real")(*concrete)
+    source, dim, hint = _batch_of(values)
+    graph = module.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    made: dict[int, torch.fx.Node] = {}
+
+    def freed(size: Any) -> Any:
+        if type(size) is not int or size == 0 or abs(size) >= 2**40 or size % hint:
+            return size
+        if size not in made:
+            with graph.inserting_after(placeholders[-1]):
+                read = graph.call_function(aten.sym_size.int, (placeholders[source], dim))
+            with graph.inserting_after(read):
+                made[size] = graph.call_function(operator.mul, (read, size // hint))
+        return made[size]
+
+    for node in list(graph.nodes):
+        if node.op == "call_function":
+            node.args = tuple(
+                [freed(item) for item in arg] if isinstance(arg, (list, tuple)) else freed(arg) for arg in node.args
+            )
+    module.recompile()
+    return module
+
+
+def _number(size: int | torch.SymInt) -> int:
+    return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def _batch_of(values: Sequence[Any]) -> tuple[int, int, int]:
+    """(input, dimension, traced size) of the batch."""
+    for i, value in enumerate(values):
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                return i, dim, size.node.hint
+    raise AssertionError("a per-sample function has a batched input")

@@ -1,0 +1,1 @@
+"""What the compiler does: each file is one stage, named for its verb."""

@@ -1,0 +1,228 @@
+"""capture: an nn.Module and a sample input become a flat functional graph in which the batch size is a free symbol."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import ConstantArgument
+from torch.export.graph_signature import OutputKind as ExportOutputKind
+from torch.utils import _pytree as pytree
+
+from dpcompile.calls import CallSpec
+from dpcompile.errors import CaptureError
+from dpcompile.ir import Input, InputKind, Output, OutputKind, Program
+from dpcompile.torch_internals import RNN_DECOMPOSITIONS, oblivious_batch
+
+aten = torch.ops.aten
+
+# Batch sizes at which shapes may be traced: primes, so that a size fixed from one is recognised (verify.py).
+HINTS = (1009, 1013, 1019, 1021, 1031, 1033)
+
+
+@dataclass(frozen=True)
+class Captured:
+    program: Program
+    out_spec: pytree.TreeSpec  # how the flat user outputs become the model's own return value
+
+
+class _Root(nn.Module):
+    """The traced module: the model, and behind it the loss where the caller gave one."""
+
+    def __init__(self, model: nn.Module, call: CallSpec, loss_fn: Callable[..., Any] | None, record: Callable[..., None]) -> None:
+        super().__init__()
+        self.model = model
+        self._call = call
+        self._loss_fn = loss_fn
+        self._record = record  # a callback: export restores the module's attributes, lists included, after tracing
+
+    def forward(self, *leaves: Any) -> tuple[Any, ...]:
+        sizes = [
+            leaf.shape[spec.batch_dim]
+            for leaf, spec in zip(leaves, self._call.leaves, strict=True)
+            if spec.batch_dim is not None
+        ]
+        for size in sizes[1:]:
+            torch._check(size == sizes[0])  # one symbol for the batch, whichever input it is read from
+        args, kwargs, targets = self._call.unflatten(leaves)
+        result = self.model(*args, **kwargs)
+        if self._loss_fn is not None:
+            result = self._loss_fn(result, targets)
+        flat, spec = pytree.tree_flatten(result)
+        self._record(spec)
+        return tuple(flat)
+
+
+def capture(model: nn.Module, call: CallSpec, loss_fn: Callable[..., Any] | None = None) -> Captured:
+    """The captured program, in the mode (training flags of every submodule) in which the model stands.
+
+    Raises:
+        CaptureError: torch.export cannot follow the model, or the sample input does not fit it.
+    """
+    _register_known_outputs()
+    out_specs: list[pytree.TreeSpec] = []
+    root = _Root(model, call, loss_fn, out_specs.append)
+    root.training = model.training
+    sample = call.sample_leaves(_hint(model, call))
+    dynamic = tuple(
+        {leaf.batch_dim: torch.export.Dim.DYNAMIC} if leaf.batch_dim is not None else None for leaf in call.leaves
+    )
+    try:
+        with oblivious_batch(), warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")  # torch.export's own deprecations: nothing a user could act on
+            exported = torch.export.export(root, sample, dynamic_shapes=(dynamic,), strict=False)
+            _keep_no_grad_regions(exported.graph_module)
+            _inline_empty_literals(exported.graph_module)
+            exported = exported.run_decompositions(dict(RNN_DECOMPOSITIONS))
+    except Exception as error:
+        raise CaptureError(_capture_message(model, call, error)) from error
+    return Captured(_program_of(exported, model, call), out_specs[-1])
+
+
+def _hint(model: nn.Module, call: CallSpec) -> int:
+    """A batch size that divides no dimension of the model or the sample."""
+    sizes = {size for tensor in (*model.parameters(), *model.buffers()) for size in tensor.shape}
+    sizes |= {size for leaf in call.leaves for size in leaf.shape or ()}
+    return next((hint for hint in HINTS if not any(size and size % hint == 0 for size in sizes)), HINTS[0])
+
+
+def _capture_message(model: nn.Module, call: CallSpec, error: Exception) -> str:
+    reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])[:400]
+    frame = next(
+        (
+            f"{f.filename}:{f.lineno}: {f.line}"
+            for f in reversed(_traceback(error))
+            if "/torch/" not in f.filename.replace("\\", "/") and not f.filename.endswith("capture.py")
+        ),
+        "",
+    )
+    return (
+        f"capture: {type(model).__name__} cannot be captured with {call.describe()}.\n"
+        f"  {type(error).__name__}: {reason}" + (f"\n  at {frame}" if frame else "")
+    )
+
+
+def _traceback(error: BaseException) -> list[Any]:
+    frames = list(traceback.extract_tb(error.__traceback__))
+    cause = error.__cause__ or error.__context__
+    return (_traceback(cause) if cause is not None else []) + frames
+
+
+def _register_known_outputs() -> None:
+    """HF caches are returned by models but are a pytree only after this call; without transformers loaded, nothing."""
+    if "transformers" not in sys.modules:
+        return
+    from transformers.integrations.executorch import register_dynamic_cache_export_support
+
+    register_dynamic_cache_export_support()
+
+
+def _keep_no_grad_regions(module: fx.GraphModule) -> None:
+    """Detach what leaves a `torch.no_grad()` region: decomposition inlines the region and forgets that it had no grad."""
+    for graph_module in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:
+        for node in graph_module.graph.find_nodes(
+            op="call_function", target=torch.ops.higher_order.wrap_with_set_grad_enabled
+        ):
+            if node.args[0]:
+                continue
+            for item in list(node.users):
+                with graph_module.graph.inserting_after(item):
+                    detached = graph_module.graph.call_function(aten.detach.default, (item,))
+                detached.meta = dict(item.meta)
+                item.replace_all_uses_with(detached, delete_user_cb=lambda user, d=detached: user is not d)
+        graph_module.recompile()
+
+
+def _inline_empty_literals(module: fx.GraphModule) -> None:
+    """Make `torch.tensor([])` a constructor: torch 2.13 loses such literals of submodules when it decomposes."""
+    for node in module.graph.find_nodes(op="call_function", target=aten.lift_fresh_copy.default):
+        value = node.meta["val"]
+        if value.numel() != 0 or any(not isinstance(size, int) for size in value.shape):
+            continue
+        with module.graph.inserting_before(node):
+            empty = module.graph.call_function(
+                aten.empty.memory_format, (list(value.shape),), {"dtype": value.dtype, "device": value.device}
+            )
+        empty.meta = dict(node.meta)
+        node.replace_all_uses_with(empty)
+        module.graph.erase_node(node)
+    module.recompile()
+
+
+def _program_of(exported: torch.export.ExportedProgram, model: nn.Module, call: CallSpec) -> Program:
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    leaves = iter(call.leaves)
+    inputs: list[Input] = []
+    constants: dict[str, torch.Tensor] = {}
+    placeholders = exported.graph.find_nodes(op="placeholder")
+    for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
+        kind = spec.kind.name
+        target = (spec.target or "").removeprefix("model.")
+        if kind == "PARAMETER":
+            inputs.append(Input(node.name, InputKind.PARAMETER, target, id(named[target]) in trainable))
+        elif kind == "BUFFER":
+            inputs.append(Input(node.name, InputKind.BUFFER, target))
+        elif kind == "CONSTANT_TENSOR":
+            inputs.append(Input(node.name, InputKind.CONSTANT, spec.target or ""))
+            constants[spec.target or ""] = exported.constants[spec.target or ""]
+        else:
+            leaf = next(leaves)
+            inputs.append(Input(node.name, InputKind.USER, leaf.name, batch_dim=leaf.batch_dim))
+    outputs: list[Output] = []
+    for spec in exported.graph_signature.output_specs:
+        literal = spec.arg.value if isinstance(spec.arg, ConstantArgument) else None
+        node_name = None if isinstance(spec.arg, ConstantArgument) else spec.arg.name
+        if spec.kind is ExportOutputKind.BUFFER_MUTATION:
+            outputs.append(Output(node_name, OutputKind.BUFFER, (spec.target or "").removeprefix("model.")))
+        elif spec.kind is ExportOutputKind.USER_OUTPUT:
+            outputs.append(Output(node_name, OutputKind.USER, literal=literal))
+        else:
+            raise CaptureError(
+                f"capture: {type(model).__name__} writes to {spec.target!r} ({spec.kind.name.lower()}) in its forward. "
+                "Return the value instead of writing it in place."
+            )
+    inputs = _merge_aliases(exported.graph, inputs, {name: id(p) for name, p in named.items()}, model)
+    return Program(exported.graph_module, tuple(inputs), tuple(outputs), _batch_symbol(exported, inputs), constants)
+
+
+def _merge_aliases(
+    graph: fx.Graph, inputs: list[Input], identity: dict[str, int], model: nn.Module
+) -> list[Input]:
+    """One placeholder for each parameter object, under its first name, however many names a tied weight has."""
+    first_name = {id(p): name for name, p in model.named_parameters()}
+    nodes = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    kept: list[Input] = []
+    by_object: dict[int, fx.Node] = {}
+    for item in inputs:
+        if item.kind is not InputKind.PARAMETER:
+            kept.append(item)
+            continue
+        key = identity[item.target]
+        if key in by_object:
+            nodes[item.node].replace_all_uses_with(by_object[key])
+            graph.erase_node(nodes[item.node])
+        else:
+            by_object[key] = nodes[item.node]
+            kept.append(replace(item, target=first_name[key]))
+    return kept
+
+
+def _batch_symbol(exported: torch.export.ExportedProgram, inputs: list[Input]) -> torch.SymInt:
+    nodes = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
+    for item in inputs:
+        if item.batch_dim is not None:
+            size = nodes[item.node].meta["val"].shape[item.batch_dim]
+            if not isinstance(size, torch.SymInt):
+                raise CaptureError(
+                    f"capture: the model fixes its batch size: input `{item.target}` was captured with a batch of "
+                    f"{size} only. Remove the literal batch size from the model's forward."
+                )
+            return size
+    raise CaptureError("capture: no input carries a batch axis. Give one with batched=.")

@@ -1,0 +1,74 @@
+"""choose-norms: one method for every group of uses, by a stated policy."""
+
+from __future__ import annotations
+
+import sympy
+
+from dpcompile.device import DeviceSpec
+from dpcompile.ir import Program, Uses
+from dpcompile.plan import Choice, Costs, GroupCost, Method, Plan
+from dpcompile.shapes import B, D, P, T
+
+POLICIES = ("auto", "paper", "ghost", "explicit")
+
+
+def choose_norms(
+    program: Program, uses: Uses, costs: Costs, device: DeviceSpec, *, policy: str, batch_size: int
+) -> Plan:
+    """The plan. Policies:
+
+    - "auto": least time by the device's rates; memory breaks ties within 1 %.
+    - "paper": ghost where 2 T^2 < p d, else explicit (mixed ghost clipping, arXiv:2205.10683 eq. 4.2).
+    - "ghost", "explicit": that one wherever it exists.
+    """
+    choices = {group.name: _choose(group, device, policy, batch_size) for group in costs.groups}
+    targets = {i.node: i.target for i in program.inputs}
+    dead = [g for g in uses.groups if g.name not in choices]
+    unused = tuple(targets[p] for p in uses.unused) + tuple(targets[p] for g in dead for p in g.params)
+    return Plan(policy, device, batch_size, costs, choices, tuple(dict.fromkeys(unused)))
+
+
+def _choose(group: GroupCost, device: DeviceSpec, policy: str, batch_size: int) -> Choice:
+    methods = group.methods
+    if all(part.kind == "explicit" for part in group.parts):
+        return Choice(Method.KEPT, "small: one gradient per sample is kept")
+    if policy == "ghost" and Method.GHOST in methods:
+        return Choice(Method.GHOST, "asked for")
+    if policy == "paper" and Method.GHOST in methods:
+        space = sum(2 * part.size(T) ** 2 for part in group.parts if part.kind != "cross")
+        explicit = max(part.size(P) * part.size(D) for part in group.parts)
+        if space < explicit:
+            return Choice(Method.GHOST, f"2T² = {space} < pd = {explicit}")
+        return Choice(Method.EXPLICIT, f"2T² = {space} ≥ pd = {explicit}")
+    allowed = methods if policy == "auto" else tuple(m for m in methods if m is not Method.GHOST)
+    timed = {m: _time(group, m, device, batch_size) for m in allowed}
+    best = min(timed.values())
+    close = [m for m in allowed if timed[m] <= 1.01 * best]
+    chosen = min(close, key=lambda m: _memory(group, m, batch_size))
+    if len(allowed) == 1:
+        return Choice(chosen, "the only method for this use")
+    others = ", ".join(f"{m.value} {timed[m] / best:.2f}" for m in allowed if m is not chosen)
+    why = "least memory of equal times" if timed[chosen] > best or len(close) > 1 else "least time"
+    return Choice(chosen, f"{why} (1.00; {others})")
+
+
+def _time(group: GroupCost, method: Method, device: DeviceSpec, batch_size: int) -> float:
+    total = 0.0
+    for part in group.parts:
+        cost = part.options[method].at({**part.sizes, B: batch_size})
+        total += device.time_s(float(cost.flops), float(cost.bytes))
+    return total
+
+
+def _memory(group: GroupCost, method: Method, batch_size: int) -> float:
+    total = 0.0
+    for part in group.parts:
+        cost = part.options[method].at({**part.sizes, B: batch_size})
+        total += float(cost.held) + float(cost.transient)
+    return total
+
+
+def flip_condition() -> str:
+    """The paper's rule, solved for T."""
+    limit = sympy.solve(sympy.Eq(2 * T**2, P * D), T)
+    return f"ghost iff 2*T**2 < p*d, that is T < {limit[-1]}"

@@ -1,0 +1,137 @@
+"""How the gradients of one group are brought together: functions of tensors, which the rewriting passes inline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import fx
+
+from dpcompile.forms import Explicit, Form, explicit, merge, transposed
+from dpcompile.ir import Backward, Chain, Derived, Group, Program, Site, Space, Tracked
+from dpcompile.passes.find_sites import call_of
+from dpcompile.rules.sites import BY_NAME
+from dpcompile.torch_internals import fake_mode_of, trace
+
+
+class GroupReader:
+    """The live sites of one group, and how to read their forms from a flat list of nodes or tensors."""
+
+    def __init__(self, group: Group, captured: Program, tracked: Tracked, backward: Backward) -> None:
+        nodes = captured.nodes()
+        joint = backward.program.nodes()
+        self.group = group
+        self.sites: list[Site] = [site for site in group.sites if site.name in backward.sites]
+        self._nodes = nodes
+        self._values = {value.node: value for value in group.values}
+        self._forms: list[Callable[..., Form]] = []
+        self._counts: list[int] = []
+        self.inputs: list[fx.Node] = []
+        for site in self.sites:
+            tensors = backward.sites[site.name]
+            call = call_of(nodes[site.node], tracked)
+            self._forms.append(BY_NAME[site.rule].form(call, site.slot))
+            self._counts.append(len(tensors.saved) + 1)
+            self.inputs += [joint[name] for name in (*tensors.saved, tensors.grad)]
+        # what derived values are computed from: needed where gradients go back through their chain
+        self._sources = list(dict.fromkeys(name for v in group.values for name in (*v.params, *v.leaves)))
+        self.sources = [joint[backward.leaves[name]] for name in self._sources]
+        self.vmapped = group.space is Space.PULLBACK or any(BY_NAME[s.rule].vmapped for s in self.sites)
+        self._simple: dict[str, fx.GraphModule] = {}
+        if group.space is Space.PULLBACK:
+            self._simple = {v.node: self._in_core_ops(v) for v in group.values if v.chain is Chain.GENERAL}
+
+    def _in_core_ops(self, value: Derived) -> fx.GraphModule:
+        """The chain in core aten ops: vmap of the vjp of some larger ops fixes the batch size that it was traced at."""
+        values = [node.meta["val"] for node in self.sources]
+        mode = fake_mode_of(self.sources[0].graph)
+        return trace(lambda *sources: self.chain(value, sources), *values, mode=mode, decompose=True)
+
+    def forms(self, tensors: Sequence[torch.Tensor]) -> list[tuple[Site, Form]]:
+        """Each site's form, in the group's own space."""
+        found: list[tuple[Site, Form]] = []
+        at = 0
+        for site, form, count in zip(self.sites, self._forms, self._counts, strict=True):
+            made = form(*tensors[at : at + count])
+            if self.group.space is Space.PARAMETER:
+                made = transposed(made, self._values[site.value].permutation)
+            found.append((site, made))
+            at += count
+        return found
+
+    def combined(self, tensors: Sequence[torch.Tensor]) -> list[Form]:
+        """Forms of equal kind concatenated; for PARAMETER and VALUE space."""
+        return merge([form for _, form in self.forms(tensors)])
+
+    def explicit_sum(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[B, *shape] per-sample gradients of the group's one parameter or value."""
+        parts = merge([Explicit(explicit(form)) for form in self.combined(tensors)])
+        assert isinstance(parts[0], Explicit)
+        return parts[0].grad
+
+    def chain(self, value: Derived, sources: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The value computed again from its parameters and what else its chain reads."""
+        env = dict(zip(self._sources, sources, strict=True))
+        for name in value.body:
+            node = self._nodes[name]
+            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: env[n.name])
+            env[name] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return env[value.node]
+
+    def with_params(self, sources: Sequence[torch.Tensor], params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Sources with other tensors in the parameters' places."""
+        given = dict(zip(self.group.params, params, strict=True))
+        return [given.get(name, tensor) for name, tensor in zip(self._sources, sources, strict=True)]
+
+    def params(self, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        env = dict(zip(self._sources, sources, strict=True))
+        return [env[name] for name in self.group.params]
+
+    def pulled_back(self, tensors: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """[B, *param] for each parameter of the group: every sample's gradient carried through the derived values."""
+        params = self.params(sources)
+        by_value: dict[str, list[Form]] = {}
+        for site, form in self.forms(tensors):
+            by_value.setdefault(site.value, []).append(form)
+        totals: list[torch.Tensor | None] = [None] * len(params)
+        for name, forms in by_value.items():
+            value = self._values[name]
+            parts = merge([Explicit(explicit(form)) for form in merge(forms)])
+            assert isinstance(parts[0], Explicit)
+            grads = self._through(value, parts[0].grad, params, sources)
+            for param, grad in zip(value.params, grads, strict=True):
+                i = self.group.params.index(param)
+                so_far = totals[i]
+                totals[i] = grad if so_far is None else so_far + grad
+        first = next(t for t in totals if t is not None)
+        return [
+            total if total is not None else first.new_zeros((first.shape[0], *param.shape))
+            for total, param in zip(totals, params, strict=True)
+        ]
+
+    def _through(
+        self, value: Derived, grad: torch.Tensor, params: list[torch.Tensor], sources: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        own = [params[self.group.params.index(name)] for name in value.params]
+        if value.chain is Chain.PERMUTE:
+            form = transposed(Explicit(grad), value.permutation)
+            assert isinstance(form, Explicit)
+            return [form.grad]
+        if value.chain is Chain.SELECT:
+            numbers = torch.arange(own[0].numel(), device=own[0].device).reshape(own[0].shape)
+            index = self.chain(value, self.with_params(sources, self._replaced(params, value, [numbers])))
+            flat = grad.new_zeros(grad.shape[0], own[0].numel())
+            flat = flat.index_add(1, index.reshape(-1), grad.flatten(1))
+            return [flat.reshape(grad.shape[0], *own[0].shape)]
+
+        def h(*given: torch.Tensor) -> torch.Tensor:
+            return self._simple[value.node](*self.with_params(sources, self._replaced(params, value, list(given))))
+
+        _, vjp = torch.func.vjp(h, *own)
+        return list(torch.func.vmap(vjp)(grad))
+
+    def _replaced(
+        self, params: list[torch.Tensor], value: Derived, given: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        new = dict(zip(value.params, given, strict=True))
+        return [new.get(name, old) for name, old in zip(self.group.params, params, strict=True)]

@@ -1,0 +1,115 @@
+"""normalise: ops that hide a parameter's use are written as the ops that the site rules know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from dpcompile.inline import carry_origin, inline
+from dpcompile.ir import Program
+from dpcompile.rules.sites.base import bind, is_tensor
+
+aten = torch.ops.aten
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, *, a: dict[str, Any]) -> torch.Tensor:
+    return F.rms_norm(x, a["normalized_shape"], None, a["eps"]) * weight
+
+
+def _batch_norm_eval(x: torch.Tensor, *affine: torch.Tensor, a: dict[str, Any]) -> torch.Tensor:
+    given = dict(zip([k for k in ("weight", "bias", *_STATS) if is_tensor(a.get(k))], affine, strict=True))
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    mean, var = (given[k].reshape(shape) for k in _STATS)
+    normal = (x - mean) * (var + a["eps"]).rsqrt()
+    if "weight" in given:
+        normal = normal * given["weight"].reshape(shape)
+    return normal + given["bias"].reshape(shape) if "bias" in given else normal
+
+
+def _instance_norm(x: torch.Tensor, *affine: torch.Tensor, a: dict[str, Any]) -> torch.Tensor:
+    given = dict(zip([k for k in ("weight", "bias") if is_tensor(a.get(k))], affine, strict=True))
+    size = list(range(2, x.dim()))
+    var, mean = torch.var_mean(x, size, correction=0, keepdim=True)
+    normal = (x - mean) * (var + a["eps"]).rsqrt()
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    if "weight" in given:
+        normal = normal * given["weight"].reshape(shape)
+    return normal + given["bias"].reshape(shape) if "bias" in given else normal
+
+
+def _prelu(x: torch.Tensor, weight: torch.Tensor, *, a: dict[str, Any]) -> torch.Tensor:
+    slope = weight.reshape([1, -1] + [1] * (x.dim() - 2)) if weight.numel() > 1 and x.dim() > 1 else weight
+    return torch.where(x > 0, x, x * slope)
+
+
+_STATS = ("running_mean", "running_var")
+
+# op -> (arguments that are tensors, the same computation in other ops)
+REWRITES: dict[Any, tuple[tuple[str, ...], Callable[..., torch.Tensor]]] = {
+    aten.rms_norm.default: (("input", "weight"), _rms_norm),
+    aten.batch_norm.default: (("input", "weight", "bias", *_STATS), _batch_norm_eval),
+    aten._native_batch_norm_legit_no_training.default: (("input", "weight", "bias", *_STATS), _batch_norm_eval),
+    aten.instance_norm.default: (("input", "weight", "bias"), _instance_norm),
+    aten.prelu.default: (("self", "weight"), _prelu),
+}
+
+
+def normalise(program: Program) -> Program:
+    """The captured program, rewritten where REWRITES says so, with the dead bookkeeping of export removed."""
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.op == "call_function" and "_assert" in str(node.target):
+            graph.erase_node(node)
+        elif node.target in REWRITES:
+            _rewrite(graph, node)
+        elif node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+            _reshape(node)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    graph.lint()
+    program.module.recompile()
+    return program
+
+
+def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
+    names, fn = REWRITES[node.target]
+    arguments = bind(node)
+    if not is_tensor(arguments.get("weight")) or arguments.get("training"):
+        return
+    if node.target is aten.instance_norm.default and not arguments["use_input_stats"]:
+        return
+    inputs = [arguments[name] for name in names if is_tensor(arguments.get(name))]
+    (result,) = inline(graph, lambda *values: [fn(*values, a=arguments)], inputs)
+    if isinstance(node.meta["val"], (tuple, list)):
+        for user in list(node.users):
+            if user.args[1] == 0:
+                user.replace_all_uses_with(result)
+                graph.erase_node(user)
+        if node.users:
+            return
+    else:
+        node.replace_all_uses_with(result)
+    start = next(n for n in graph.nodes if n is node)
+    new = [n for n in graph.nodes if "nn_module_stack" not in n.meta and n.op == "call_function"]
+    carry_origin(start, new)
+    graph.erase_node(node)
+
+
+def _reshape(node: fx.Node) -> None:
+    """A view that does not rely on the strides seen by export, which another kernel need not give, nor on -1.
+
+    A size of -1 cannot be inferred for an empty batch; where the captured size is a plain number, it is written.
+    """
+    node.target = aten.reshape.default
+    sizes = list(node.args[1])  # type: ignore[arg-type]
+    known = node.meta["val"].shape
+    node.args = (
+        node.args[0],
+        [
+            have if isinstance(want, int) and want == -1 and isinstance(have, int) else want
+            for want, have in zip(sizes, known, strict=True)
+        ],
+    )

@@ -1,0 +1,75 @@
+"""reweight-gradients: the clipped sum of per-sample gradients, one contraction for each use (Book-Keeping)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from dpcompile.forms import weighted_sum, weighted_sum_kept
+from dpcompile.inline import inline
+from dpcompile.ir import Chain, Normed, Output, OutputKind, Program, Space
+from dpcompile.passes.combine import GroupReader
+from dpcompile.plan import Plan
+
+
+def reweight_gradients(normed: Normed, readers: Sequence[GroupReader], plan: Plan) -> Program:
+    """The program whose results also include, for every used parameter, sum_i C_i g_i; and the norms."""
+    program = normed.program
+    graph = program.graph
+    nodes = {node.name: node for node in graph.nodes}
+    factor = nodes[normed.factor]
+    sums: dict[str, list[fx.Node]] = {}
+    for reader in readers:
+        group = reader.group
+        kept = [nodes[name] for name in normed.kept.get(group.name, ())]
+        if group.space is Space.PULLBACK:
+            for param, gradient in zip(group.params, kept, strict=True):
+                sums.setdefault(param, []).extend(inline(graph, _kept_sum, [factor, gradient], "sum"))
+            continue
+        if kept:
+            (total,) = inline(graph, _kept_sum, [factor, *kept], "sum")
+        else:
+            (total,) = inline(graph, _sum(reader), [factor, *reader.inputs], "sum", vmapped=reader.vmapped)
+        if group.space is Space.VALUE and group.values[0].chain is not Chain.PERMUTE:
+            (total,) = inline(graph, _scatter(reader), [total, *reader.sources], "sum")
+        sums.setdefault(group.params[0], []).append(total)
+    targets = {i.node: i.target for i in program.inputs}
+    gradients = []
+    for param, parts in sums.items():
+        (total,) = parts if len(parts) == 1 else inline(graph, _add, parts, "sum")
+        gradients.append(Output(total.name, OutputKind.GRADIENT, targets[param]))
+    outputs = (*program.outputs, *gradients, Output(normed.norms, OutputKind.NORMS))
+    return Program(program.module, program.inputs, outputs, program.batch, program.constants)
+
+
+def _kept_sum(factor: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
+    return [weighted_sum_kept(gradient, factor)]
+
+
+def _add(*parts: torch.Tensor) -> list[torch.Tensor]:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return [total]
+
+
+def _sum(reader: GroupReader):
+    def clipped(factor: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return _add(*(weighted_sum(form, factor) for form in reader.combined(tensors)))
+
+    return clipped
+
+
+def _scatter(reader: GroupReader):
+    def back(total: torch.Tensor, *sources: torch.Tensor) -> list[torch.Tensor]:
+        (param,) = reader.params(sources)
+        with torch.enable_grad():
+            leaf = param.detach().requires_grad_()
+            value = reader.chain(reader.group.values[0], reader.with_params(sources, [leaf]))
+        return list(torch.autograd.grad(value, leaf, total.reshape(value.shape)))
+
+    return back
+
+

@@ -1,0 +1,125 @@
+"""split: the joint graph cut into a forward and a backward graph, or kept whole as the fused form."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from dpcompile.errors import InvalidGraphError
+from dpcompile.ir import Input, InputKind, Output, OutputKind, Program
+
+
+@dataclass(frozen=True)
+class Split:
+    """Two graphs. `forward` returns its outputs and then `saved`; `backward` takes `saved`, tangents and the bound."""
+
+    forward: Program
+    backward: Program
+    saved: tuple[str, ...]  # nodes of the forward graph, inputs among them
+
+
+_LATE = (InputKind.TANGENT, InputKind.BOUND, InputKind.HANDLE)
+
+
+def split(program: Program) -> Split:
+    """Cut at the gradients of the outputs: the forward is what the model's own results need, and no more."""
+    graph = program.graph
+    nodes = program.nodes()
+    own = [o for o in program.outputs if o.kind in (OutputKind.USER, OutputKind.BUFFER)]
+    made = [o for o in program.outputs if o.kind not in (OutputKind.USER, OutputKind.BUFFER)]
+    forward = _ancestors([nodes[o.node] for o in own if o.node is not None])
+    forward |= {node for node in graph.nodes if node.target is operator.getitem and node.args[0] in forward}
+    late = {nodes[i.node] for i in program.inputs if i.kind in _LATE}
+    if forward & late:
+        raise InvalidGraphError("split: the model's outputs depend on the gradients of the outputs")
+    backward = _ancestors([nodes[o.node] for o in made if o.node is not None])
+    crossing = _crossing(graph, forward, backward, late)
+    forward_inputs = [i for i in program.inputs if nodes[i.node] not in late]
+    saved = tuple(node.name for node in crossing)
+    front = _extract(program, forward, [*forward_inputs], own, crossing)
+    back_inputs = [
+        *(Input(node.name, InputKind.CONSTANT, node.name) for node in crossing),
+        *(i for kind in _LATE for i in program.inputs if i.kind is kind),
+    ]
+    sizes = {node for node in backward if _is_size(node)}
+    back = _extract(program, (backward - forward - set(crossing)) | sizes, back_inputs, made, [])
+    return Split(front, back, saved)
+
+
+def _ancestors(roots: Sequence[fx.Node]) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen
+
+
+def _crossing(graph: fx.Graph, forward: set[fx.Node], backward: set[fx.Node], late: set[fx.Node]) -> list[fx.Node]:
+    """Values of the forward (or inputs) that the backward reads, in graph order; tuples cross as their items."""
+    found = []
+    for node in graph.nodes:
+        early = (node in forward or node.op == "placeholder") and node not in late and not _is_size(node)
+        if early and any(user in backward and user not in forward for user in node.users):
+            found.append(node)
+    return found
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Sizes do not cross: each graph reads them off its own inputs."""
+    return isinstance(node.meta.get("val"), torch.SymInt)
+
+
+def _batch_size(graph: fx.Graph, batch: torch.SymInt, placeholders: Sequence[fx.Node]) -> fx.Node:
+    """The batch size, read off any input that has it as one of its sizes."""
+    for node in placeholders:
+        value = node.meta.get("val")
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(size, torch.SymInt) and size.node.expr == batch.node.expr:
+                found = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+                found.meta["val"] = batch
+                return found
+    raise InvalidGraphError("split: no input of the backward graph carries the batch size")
+
+
+def _extract(
+    program: Program,
+    keep: set[fx.Node],
+    inputs: Sequence[Input],
+    outputs: Sequence[Output],
+    saved: Sequence[fx.Node],
+) -> Program:
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    nodes = program.nodes()
+    for item in inputs:
+        node = nodes[item.node]
+        env[node] = graph.placeholder(node.name)
+        env[node].meta = dict(node.meta)
+    for node in program.graph.nodes:
+        if node in keep and node.target is torch.ops.aten.sym_size.int and node.args[0] not in env:
+            env[node] = _batch_size(graph, program.batch, list(env.values()))
+        elif node in keep and node.op == "call_function" and node not in env:
+            env[node] = graph.node_copy(node, env.__getitem__)
+        elif node in keep and node.op == "get_attr":
+            env[node] = graph.node_copy(node, env.__getitem__)
+    results = [env[nodes[o.node]] if o.node is not None else o.literal for o in outputs]
+    graph.output(results + [env[node] for node in saved])
+    graph.lint()
+    module = fx.GraphModule(program.module, graph)
+    renamed = tuple(
+        Output(env[nodes[o.node]].name if o.node else None, o.kind, o.target, o.literal, o.wants_gradient)
+        for o in outputs
+    )
+    own_inputs = tuple(
+        Input(env[nodes[i.node]].name, i.kind, i.target, i.trainable, i.batch_dim) for i in inputs
+    )
+    return Program(module, own_inputs, renamed, program.batch, program.constants)
+
+

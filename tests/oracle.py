@@ -1,0 +1,144 @@
+"""The truth to compare with: per-sample gradients taken one sample at a time, in float64, by plain autograd."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zoo import Case, Inputs, call, cast, map_inputs
+
+RTOL = {torch.float32: 1e-4, torch.float64: 1e-8}
+
+
+@dataclass(frozen=True)
+class PerSampleGradients:
+    """Gradient of each sample's own loss for each trainable parameter, by name: shape [B, *parameter.shape]."""
+
+    grads: dict[str, Tensor]
+
+    @property
+    def norms(self) -> Tensor:
+        """Norm of each sample's gradient over all parameters together, shape [B]."""
+        return sum(g.flatten(1).square().sum(1) for g in self.grads.values()).sqrt()
+
+    def clipped_sum(self, max_grad_norm: float) -> dict[str, Tensor]:
+        """sum_i min(1, max_grad_norm / norm_i) * g_i, by parameter name."""
+        scale_B = (max_grad_norm / self.norms).clamp(max=1.0)  # a norm of zero gives inf, hence 1
+        return {name: torch.tensordot(scale_B, g, 1) for name, g in self.grads.items()}
+
+    def splitting_norm(self) -> float:
+        """A clipping bound halfway between two of the norms in the middle: some samples are clipped and some not."""
+        norms = self.norms.sort().values
+        middle = len(norms) // 2
+        return norms[max(middle - 1, 0) : middle + 1].mean().item()
+
+
+def per_sample_gradients(
+    model: nn.Module, loss: Callable[[Any, Tensor], Tensor], inputs: Inputs, targets: Tensor
+) -> PerSampleGradients:
+    """Obviously right and slow. Parameters count once, under their first name, however many modules share them."""
+    model = copy.deepcopy(model).double()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    for i in range(len(targets)):
+        one = map_inputs(lambda x, i=i: cast(x, torch.float64)[i : i + 1], inputs)
+        value = loss(call(model, one), cast(targets, torch.float64)[i : i + 1]).sum()
+        grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        for name, grad in zip(parameters, grads, strict=True):
+            rows[name].append(grad)
+    empty = {name: p.new_zeros(0, *p.shape) for name, p in parameters.items()}
+    return PerSampleGradients({name: torch.stack(row) if row else empty[name] for name, row in rows.items()})
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """`p.grad` of every trainable parameter by name; a parameter without one counts as zero."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trainable.items()}
+
+
+def assert_close(actual: Tensor, expected: Tensor, rtol: float, name: str, floor: float = 0.0) -> None:
+    """The largest difference is at most `rtol` times the largest expected value (or `floor`, if that is larger)."""
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
+    if expected.numel() == 0:
+        return
+    assert actual.isfinite().all(), f"{name}: not finite"
+    size = max(expected.abs().max().item(), floor, torch.finfo(torch.float64).tiny)
+    error = (actual.double() - expected.double()).abs().max().item() / size
+    assert error <= rtol, f"{name}: relative error {error:.2e}, allowed {rtol:.0e}"
+
+
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float) -> None:
+    """Compare parameter by parameter.
+
+    A gradient that is zero in theory (a key bias under softmax) is rounding noise, so errors are never measured
+    against less than a thousandth of the largest gradient of the model.
+    """
+    assert actual.keys() == expected.keys()
+    floor = 1e-3 * max((g.abs().max().item() for g in expected.values() if g.numel()), default=0.0)
+    for name, grad in expected.items():
+        assert_close(actual[name], grad, rtol, name, floor)
+
+
+def run_step(
+    case: Case, dp_model: nn.Module, inputs: Inputs, targets: Tensor, loss_reduction: str, fused: bool
+) -> None:
+    """One training step of the compiled model from cleared gradients, in the split or the fused form."""
+    case.model.zero_grad()
+    if fused:
+        loss = call(dp_model, inputs, targets=targets)
+    else:
+        losses_B = case.loss(call(dp_model, inputs), targets)
+        loss = losses_B.mean() if loss_reduction == "mean" else losses_B.sum()
+    loss.backward()
+
+
+def check_against_oracle(
+    case: Case,
+    dp_model: nn.Module,
+    batch_size: int,
+    *,
+    max_grad_norm: float,
+    loss_reduction: str = "mean",
+    fused: bool = False,
+    seed: int = 0,
+) -> None:
+    """Norms and clipped gradients of one step agree with the oracle, to the tolerance of the model's own type."""
+    inputs, targets = case.batch(batch_size, seed)
+    rtol = RTOL[next(case.model.parameters()).dtype]
+    truth = per_sample_gradients(case.model, case.loss, inputs, targets)
+    divisor = max(batch_size, 1) if loss_reduction == "mean" else 1
+    expected = {name: g / divisor for name, g in truth.clipped_sum(max_grad_norm).items()}
+
+    run_step(case, dp_model, inputs, targets, loss_reduction=loss_reduction, fused=fused)
+
+    assert_close(dp_model.per_sample_norms, truth.norms, rtol, "per_sample_norms")
+    assert_same_gradients(gradients(case.model), expected, rtol)
+
+
+def check_against_autograd(
+    case: Case,
+    dp_model: nn.Module,
+    batch_size: int,
+    *,
+    loss_reduction: str = "mean",
+    fused: bool = False,
+    seed: int = 0,
+) -> None:
+    """A model compiled with an infinite bound leaves the gradients that plain autograd leaves."""
+    inputs, targets = case.batch(batch_size, seed)
+    run_step(case, case.model, inputs, targets, loss_reduction=loss_reduction, fused=False)
+    expected = {name: g.clone() for name, g in gradients(case.model).items()}
+
+    run_step(case, dp_model, inputs, targets, loss_reduction=loss_reduction, fused=fused)
+
+    assert_same_gradients(gradients(case.model), expected, RTOL[next(case.model.parameters()).dtype])
+
+
+def splitting_norm(case: Case, batch_size: int, seed: int = 0) -> float:
+    """A clipping bound under which some samples of that batch are clipped and some are not."""
+    inputs, targets = case.batch(batch_size, seed)
+    return per_sample_gradients(case.model, case.loss, inputs, targets).splitting_norm()

@@ -1,0 +1,89 @@
+"""Losses: per sample, or their sum or mean over samples, and nothing that divides by other samples' targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from batching_oracle import Lines, assert_samples_apart, tracked
+from torch import Tensor
+
+from dpcompile.ir import Axis, Kind, Value
+
+B, T, D = 4, 3, 6
+Loss = Callable[[Any, Tensor, Tensor], Tensor]
+
+
+def per_sample(self: Any, x: Tensor, i: Tensor) -> Any:  # x: [B, T, D], i: [B, T] below 6
+    y = x @ self.weight
+    return (
+        F.cross_entropy(y.mT, i, reduction="none"),
+        F.cross_entropy(y.flatten(0, 1), i.flatten(), reduction="none", ignore_index=0).view(-1, T).mean(1),
+        F.cross_entropy(y[:, 0], i[:, 0], reduction="none", label_smoothing=0.1),
+        F.cross_entropy(y[:, 0], y[:, 1].softmax(-1), reduction="none"),
+        F.nll_loss(y[:, 0].log_softmax(-1), i[:, 0], reduction="none"),
+        F.mse_loss(y, x, reduction="none") + F.l1_loss(y, x, reduction="none") + F.huber_loss(y, x, reduction="none"),
+        F.binary_cross_entropy_with_logits(y, x.sigmoid(), pos_weight=torch.arange(6.0), reduction="none"),
+        F.kl_div(y.log_softmax(-1), x.softmax(-1), reduction="none").sum((1, 2)),
+        F.triplet_margin_loss(y[:, 0], y[:, 1], y[:, 2], reduction="none"),
+    )
+
+
+def target(i: Tensor) -> Tensor:
+    return i[:, 0]
+
+
+SUM, MEAN, EACH = Value(Kind.REDUCED), Value(Kind.REDUCED, mean=True), Value(Kind.BATCHED, Axis(0))
+ACCEPTED: dict[str, tuple[Value, Loss]] = {
+    "per-sample": (EACH, lambda s, y, i: F.cross_entropy(y.mT, i, reduction="none").mean(1)),
+    "mean of one target": (MEAN, lambda s, y, i: F.cross_entropy(y[:, 0], target(i))),
+    "sum of tokens": (SUM, lambda s, y, i: F.cross_entropy(y.mT, i, reduction="sum")),
+    "mean of probabilities": (MEAN, lambda s, y, i: F.cross_entropy(y[:, 0], y[:, 1].softmax(-1))),
+    "mean of squares": (MEAN, lambda s, y, i: F.mse_loss(y, torch.zeros_like(y))),
+    "means twice": (MEAN, lambda s, y, i: y.square().mean((0, 1)).mean()),
+    "two terms": (MEAN, lambda s, y, i: F.cross_entropy(y[:, 0], target(i)) + 0.1 * y.square().mean()),
+    "scaled sum": (SUM, lambda s, y, i: 2 * y.square().sum() - y.sum() / 3),
+    "sum by B": (MEAN, lambda s, y, i: y.square().sum() / y.shape[0]),
+    "sum by elements": (MEAN, lambda s, y, i: y.square().sum() / y.numel()),
+    "batchmean": (MEAN, lambda s, y, i: F.kl_div(y, y.softmax(-1), reduction="batchmean")),
+}
+REFUSED: dict[str, tuple[str, Loss]] = {
+    "mean of tokens": ("number of valid targets", lambda s, y, i: F.cross_entropy(y.mT, i)),
+    "mean of folded tokens": ("number of valid targets", lambda s, y, i: F.cross_entropy(y.flatten(0, 1), i.flatten())),
+    "class weights": ("class weights", lambda s, y, i: F.cross_entropy(y[:, 0], target(i), weight=torch.arange(6.0))),
+    "ignored class": ("not ignore_index", lambda s, y, i: F.cross_entropy(y[:, 0], target(i), ignore_index=0)),
+    "masked mean": ("not linear", lambda s, y, i: (y[..., 0] * i).sum() / i.sum()),
+    "square of a mean": ("not linear", lambda s, y, i: y.mean().square()),
+    "mean by B": ("number of samples", lambda s, y, i: y.mean() / y.shape[0]),
+    "sum and mean": ("not linear", lambda s, y, i: y.sum() + y.mean()),
+    "penalty": ("parameters alone", lambda s, y, i: y.mean() + s.weight.square().sum()),
+    "tokens": ("loss of shape", lambda s, y, i: F.cross_entropy(y.mT, i, reduction="none")),
+    "largest": ("over the samples", lambda s, y, i: y.amax()),
+}
+
+
+def _sample() -> tuple[Tensor, Tensor]:
+    return torch.randn(B, T, D), torch.randint(0, 6, (B, T))
+
+
+def test_losses_without_reduction_keep_samples_apart() -> None:
+    assert_samples_apart(Lines(per_sample), _sample())
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_loss_is_accepted(name: str) -> None:
+    expected, loss = ACCEPTED[name]
+    program, found = tracked(Lines(lambda s, x, i: loss(s, x @ s.weight, i)), _sample(), loss=True)
+    assert not found.findings
+    value = found.value(program.node(program.outputs[0].node or ""))
+    assert (value.kind, value.axis, value.mean, value.trains) == (expected.kind, expected.axis, expected.mean, True)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_loss_is_refused(name: str) -> None:
+    expected, loss = REFUSED[name]
+    _, found = tracked(Lines(lambda s, x, i: loss(s, x @ s.weight, i)), _sample(), loss=True)
+    assert [expected in str(finding) for finding in found.findings] == [True]
