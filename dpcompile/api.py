@@ -25,7 +25,7 @@ from dpcompile.passes.normalise import normalise
 from dpcompile.passes.reweight_gradients import reweight_gradients
 from dpcompile.passes.split import split
 from dpcompile.passes.tidy import tidy
-from dpcompile.passes.trace_backward import trace_backward
+from dpcompile.passes.trace_backward import loss_scale, trace_backward
 from dpcompile.passes.track_batch import track_batch
 from dpcompile.plan import Plan
 from dpcompile.runtime import DPModule, Emitted
@@ -68,7 +68,7 @@ def dpcompile(
         ValueError: an argument out of its range.
     """
     _check_arguments(model, max_grad_norm, norm_method, loss_reduction, loss_fn, sample_targets)
-    analysis = analyse(model, sample_input, batched=batched, loss_fn=loss_fn, sample_targets=sample_targets)
+    analysis = analyse(model, sample_input, batched=batched, loss_fn=loss_fn, sample_targets=sample_targets, loss_reduction=loss_reduction)
     plan = analysis.plan(norm_method)
     emitted = analysis.emit(plan, mean=loss_reduction == "mean")
     return DPModule(model, emitted, max_grad_norm)
@@ -105,9 +105,8 @@ class Analysis:
             for group in self.uses.groups
             if group.name in plan.choices
         ]
-        normed = insert_norms(
-            self.backward.program, readers, plan, mean=mean and not self.fused, record=not self.fused
-        )
+        scale = loss_scale(self.program, self.tracked) if self.fused else ("mean" if mean else "sum")
+        normed = insert_norms(self.backward.program, readers, plan, mean=scale == "mean", fused=self.fused)
         verify(normed.program, "insert-norms")
         program = verify(tidy(reweight_gradients(normed, readers, plan)), "reweight-gradients")
         if self.fused:
@@ -127,6 +126,7 @@ def analyse(
     batched: Any = None,
     loss_fn: Callable[..., torch.Tensor] | None = None,
     sample_targets: Any = None,
+    loss_reduction: str = "mean",
 ) -> Analysis:
     """Capture, proof, uses and backward of a model. The model's training flags are left as they were."""
     _check_parameters(model)
@@ -136,7 +136,7 @@ def analyse(
     if not was_training:
         model.train()
     try:
-        captured = capture(model, call, loss_fn)
+        captured = capture(model, call, loss_fn, loss_reduction)
     finally:
         for module, flag in flags.items():
             module.training = flag

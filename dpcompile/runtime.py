@@ -285,7 +285,9 @@ class _FusedFunction(torch.autograd.Function):
                 own.append(value)
         assert norms is not None
         ctx.save_for_backward(*grads.values())
-        ctx.names, ctx.emitted = tuple(grads), emitted
+        ctx.names, ctx.emitted, ctx.empty = tuple(grads), emitted, empty
+        if empty:
+            own = [value * 0 for value in own]
         fixed = [v for v, o in zip(own, _model_outputs(program), strict=True) if o.kind is OutputKind.BUFFER]
         ctx.mark_non_differentiable(norms, *fixed)
         return (*own, norms)
@@ -294,7 +296,7 @@ class _FusedFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         program = ctx.emitted.forward
         at = next(i for i, o in enumerate(_model_outputs(program)) if o.kind is OutputKind.USER)
-        scale = grads[at]
+        scale = grads[at] * 0 if ctx.empty else grads[at]
         by_name = {name: g * scale for name, g in zip(ctx.names, ctx.saved_tensors, strict=True)}
         return (
             None,

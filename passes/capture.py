@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from dpcompile.calls import CallSpec
 from dpcompile.errors import CaptureError
 from dpcompile.ir import Input, InputKind, Output, OutputKind, Program
-from dpcompile.torch_internals import RNN_DECOMPOSITIONS, oblivious_batch
+from dpcompile.torch_internals import RNN_DECOMPOSITIONS, enable_python_dispatcher, fake_mode_of, oblivious_batch
 
 aten = torch.ops.aten
 
@@ -35,11 +35,19 @@ class Captured:
 class _Root(nn.Module):
     """The traced module: the model, and behind it the loss where the caller gave one."""
 
-    def __init__(self, model: nn.Module, call: CallSpec, loss_fn: Callable[..., Any] | None, record: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        call: CallSpec,
+        loss_fn: Callable[..., Any] | None,
+        loss_reduction: str,
+        record: Callable[..., None],
+    ) -> None:
         super().__init__()
         self.model = model
         self._call = call
         self._loss_fn = loss_fn
+        self._loss_reduction = loss_reduction
         self._record = record  # a callback: export restores the module's attributes, lists included, after tracing
 
     def forward(self, *leaves: Any) -> tuple[Any, ...]:
@@ -53,13 +61,24 @@ class _Root(nn.Module):
         args, kwargs, targets = self._call.unflatten(leaves)
         result = self.model(*args, **kwargs)
         if self._loss_fn is not None:
-            result = self._loss_fn(result, targets)
+            result = self._reduced(self._loss_fn(result, targets))
         flat, spec = pytree.tree_flatten(result)
         self._record(spec)
         return tuple(flat)
 
+    def _reduced(self, loss: Any) -> torch.Tensor:
+        """The loss as a scalar. Per-sample losses are reduced here; a scalar keeps the reduction of its author."""
+        if not isinstance(loss, torch.Tensor) or loss.dim() > 1:
+            found = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise CaptureError(f"capture: loss_fn must return per-sample losses [B] or a scalar, got {found}.")
+        if loss.dim() == 0:
+            return loss
+        return loss.mean() if self._loss_reduction == "mean" else loss.sum()
 
-def capture(model: nn.Module, call: CallSpec, loss_fn: Callable[..., Any] | None = None) -> Captured:
+
+def capture(
+    model: nn.Module, call: CallSpec, loss_fn: Callable[..., Any] | None = None, loss_reduction: str = "mean"
+) -> Captured:
     """The captured program, in the mode (training flags of every submodule) in which the model stands.
 
     Raises:
@@ -67,7 +86,7 @@ def capture(model: nn.Module, call: CallSpec, loss_fn: Callable[..., Any] | None
     """
     _register_known_outputs()
     out_specs: list[pytree.TreeSpec] = []
-    root = _Root(model, call, loss_fn, out_specs.append)
+    root = _Root(model, call, loss_fn, loss_reduction, out_specs.append)
     root.training = model.training
     sample = call.sample_leaves(_hint(model, call))
     dynamic = tuple(
@@ -80,8 +99,11 @@ def capture(model: nn.Module, call: CallSpec, loss_fn: Callable[..., Any] | None
             _keep_no_grad_regions(exported.graph_module)
             _inline_empty_literals(exported.graph_module)
             exported = exported.run_decompositions(dict(RNN_DECOMPOSITIONS))
+    except CaptureError:
+        raise
     except Exception as error:
         raise CaptureError(_capture_message(model, call, error)) from error
+    _mend_loss_shapes(exported.graph_module)
     return Captured(_program_of(exported, model, call), out_specs[-1])
 
 
@@ -153,6 +175,14 @@ def _inline_empty_literals(module: fx.GraphModule) -> None:
         node.replace_all_uses_with(empty)
         module.graph.erase_node(node)
     module.recompile()
+
+
+def _mend_loss_shapes(module: fx.GraphModule) -> None:
+    """Torch 2.13 records a 0-dim result for an unreduced cross_entropy_loss that it kept whole: ask the op again."""
+    for node in module.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+        with fake_mode_of(module.graph), oblivious_batch(), enable_python_dispatcher():
+            node.meta["val"] = aten.cross_entropy_loss.default(*args, **kwargs)
 
 
 def _program_of(exported: torch.export.ExportedProgram, model: nn.Module, call: CallSpec) -> Program:

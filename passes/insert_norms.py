@@ -19,13 +19,14 @@ from dpcompile.torch_internals import fake_mode_of
 
 
 def insert_norms(
-    program: Program, readers: Sequence[GroupReader], plan: Plan, *, mean: bool, record: bool
+    program: Program, readers: Sequence[GroupReader], plan: Plan, *, mean: bool, fused: bool
 ) -> Normed:
     """The program with norms and clip factors.
 
-    C_i = min(1, R / ||g_i||) (Abadi et al. 2016, algorithm 1). Gradients of a loss that is a mean over samples are
-    1/B of each sample's own: with `mean` the norm is multiplied back by B. With `record` the norms leave through
-    records.record_norms, not as a result.
+    C_i = min(1, R / ||g_i||) (Abadi et al. 2016, algorithm 1). In the split form a loss that is a mean over samples
+    hands over 1/B of each sample's own gradient: with `mean` the norm is multiplied back by B. In the fused form the
+    gradients are each sample's own, and with `mean` the factors carry the 1/B. The norms leave as a result of the
+    fused graph, and through records.record_norms where the backward is a graph of its own.
     """
     graph = program.graph
     nodes = program.nodes()
@@ -43,16 +44,16 @@ def insert_norms(
     device = _device(nodes, program)
     with fake_mode_of(graph):
         bound = _placeholder(graph, "max_grad_norm", torch.empty((), dtype=torch.float64, device=device))
-    (norms,) = inline(graph, _join(mean), totals, "norm")
+    (norms,) = inline(graph, _join(mean and not fused), totals, "norm")
     inputs = (*program.inputs, Input(bound.name, InputKind.BOUND))
-    if record:
+    if not fused:
         handle = _placeholder(graph, "handle", 0)
         inputs = (*inputs, Input(handle.name, InputKind.HANDLE))
         with graph.inserting_after(norms):
             recorded = graph.call_function(records.OP, (norms, handle))
         recorded.meta = dict(norms.meta)
         norms = recorded
-    (factor,) = inline(graph, _factor, [norms, bound], "norm")
+    (factor,) = inline(graph, _factor(mean and fused), [norms, bound], "norm")
     return Normed(
         Program(program.module, inputs, program.outputs, program.batch, program.constants),
         norms.name,
@@ -79,8 +80,12 @@ def _join(mean: bool):
     return join
 
 
-def _factor(norms: torch.Tensor, bound: torch.Tensor) -> list[torch.Tensor]:
-    return [(bound / norms).clamp(max=1.0)]
+def _factor(mean: bool):
+    def factor(norms: torch.Tensor, bound: torch.Tensor) -> list[torch.Tensor]:
+        clipped = (bound / norms).clamp(max=1.0)
+        return [clipped / norms.shape[0] if mean else clipped]
+
+    return factor
 
 
 def _device(nodes: Mapping[str, fx.Node], program: Program) -> torch.device:

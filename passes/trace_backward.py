@@ -18,13 +18,14 @@ from dpcompile.ir import (
     Backward,
     Input,
     InputKind,
+    Kind,
     Output,
     OutputKind,
     Program,
-    Site,
     SiteGradient,
     Tracked,
     Uses,
+    Value,
 )
 from dpcompile.passes.find_sites import call_of
 from dpcompile.rules.sites import BY_NAME
@@ -71,7 +72,7 @@ def trace_backward(program: Program, tracked: Tracked, uses: Uses, *, loss: bool
     results = [nodes[o.node].meta["val"] if o.node else None for o in program.outputs]
     mode = fake_mode_of(program.graph)
     tangents: dict[int, torch.Tensor] = {}
-    scale = _loss_scale(program, tracked) if loss else None
+    scale = loss_scale(program, tracked) if loss else None
     if not loss:
         with mode:
             tangents = {
@@ -118,15 +119,12 @@ def trace_backward(program: Program, tracked: Tracked, uses: Uses, *, loss: bool
     return _assemble(module, program, tuple(tangents), layout)
 
 
-def _loss_scale(program: Program, tracked: Tracked) -> str:
-    from dpcompile.ir import Kind
-
+def loss_scale(program: Program, tracked: Tracked) -> str:
+    """Whether the loss of the fused form is a "mean" or a "sum" over samples."""
     output = next(o for o in program.outputs if o.kind is OutputKind.USER)
     assert output.node is not None
     value = tracked.values[output.node]
-    assert not isinstance(value, tuple)
-    if value.kind is Kind.BATCHED:
-        return "per-sample"
+    assert isinstance(value, Value) and value.kind is Kind.REDUCED
     return "mean" if value.mean else "sum"
 
 

@@ -54,26 +54,6 @@ def reduced(self: Any, x: Tensor) -> Any:
     )
 
 
-def meetings(self: Any, x: Tensor, m: Tensor) -> Any:
-    size = x.shape[0]
-    columns = x.transpose(0, 1).reshape(-1, D)
-    return (
-        x - x.mean(0),  # refused: not linear in a sum over the samples
-        x[:, 0, :, None] * x[:, 0].t(),  # refused: combines every sample with every other
-        columns + x.reshape(-1, D),  # refused: different orders
-        x * torch.arange(size)[:, None, None],  # refused: position of a sample
-        x / size,  # refused: number of samples
-        x.softmax(0),  # refused: over the samples
-        x.cumsum(0),  # refused: over the samples
-        x.sort(0).values,  # refused: over the samples
-        x / x.amax(),  # refused: over the samples
-        x.std(0),  # refused: over the samples
-        x[:, 0].tril(),  # refused: dimension of a matrix
-        x * x.sum().item(),  # refused: not linear in a sum
-        x[m],  # refused: number of elements
-    )
-
-
 def test_elementwise_ops_keep_samples_apart() -> None:
     assert_samples_apart(Lines(elementwise), (torch.randn(B, T, D), torch.rand(B, T) > 0.5))
 
@@ -87,4 +67,23 @@ def test_reductions_over_other_dimensions_keep_samples_apart() -> None:
 
 
 def test_meetings_of_samples_are_refused() -> None:
-    assert_refuses_the_marked_lines(meetings, torch.randn(B, T, D), torch.rand(B, T) > 0.5)
+    def forward(self: Any, x: Tensor, m: Tensor) -> Any:
+        size = x.shape[0]
+        columns = x.transpose(0, 1).reshape(-1, D)
+        return (
+            x - x.mean(0),  # refused: not linear in a sum over the samples
+            x[:, 0, :, None] * x[:, 0].t(),  # refused: combines every sample with every other
+            columns + x.reshape(-1, D),  # refused: different orders
+            x * torch.arange(size)[:, None, None],  # refused: position of a sample
+            x / size,  # refused: number of samples
+            x.softmax(0),  # refused: over the samples
+            x.cumsum(0),  # refused: over the samples
+            x.sort(0).values,  # refused: over the samples
+            x / x.amax(),  # refused: over the samples
+            x.std(0),  # refused: over the samples
+            x[:, 0].tril(),  # refused: dimension of a matrix
+            x * x.sum().item(),  # refused: not linear in a sum
+            x[m],  # refused: number of elements
+        )
+
+    assert_refuses_the_marked_lines(forward, torch.randn(B, T, D), torch.rand(B, T) > 0.5)

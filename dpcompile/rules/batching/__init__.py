@@ -73,6 +73,15 @@ POINTWISE = {
     **_aten(pointwise.pointwise, "dropout alpha_dropout isclose float_power"),
     **_aten(pointwise.pointwise, "__and__ __or__ __xor__ __lshift__ __rshift__ floor_divide hardswish"),
     **_aten(pointwise.pointwise, "real imag conj complex polar _prelu_kernel"),
+    **_aten(pointwise.pointwise, "log_sigmoid absolute divide multiply subtract true_divide negative fix isreal"),
+    **_aten(pointwise.pointwise, "greater greater_equal less less_equal not_equal arcsin arccos arctan arctan2"),
+    **_aten(pointwise.pointwise, "arcsinh arccosh arctanh special_digamma special_erf special_erfc special_erfinv"),
+    **_aten(
+        pointwise.pointwise, "special_exp2 special_expit special_expm1 special_gammaln special_log1p special_logit"
+    ),
+    **_aten(
+        pointwise.pointwise, "special_psi special_ndtr special_round special_sinc special_xlogy special_i0 isfinite"
+    ),
     **_aten(pointwise.copy, "copy"),
     aten.max.other: pointwise.pointwise,
     aten.min.other: pointwise.pointwise,
@@ -82,14 +91,17 @@ REDUCTIONS = {
     **_aten(reductions.reduce_mean, "mean"),
     **_aten(reductions.reduce, "amax amin aminmax argmax argmin max min median nanmedian mode kthvalue prod nansum"),
     **_aten(reductions.reduce, "nanmean var std var_mean std_mean logsumexp norm linalg_vector_norm all any"),
-    **_aten(reductions.reduce, "count_nonzero"),
+    **_aten(reductions.reduce, "count_nonzero special_logsumexp linalg_norm linalg_matrix_norm"),
     **_aten(reductions.along, "softmax _softmax log_softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp"),
     **_aten(reductions.along, "sort argsort topk diff glu special_softmax special_log_softmax _safe_softmax"),
     **_aten(reductions.along, "fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn"),
     **_aten(reductions.along, "fft_ifftn fft_rfftn fft_irfftn _fft_r2c _fft_c2c _fft_c2r fft_fftshift fft_ifftshift"),
     **_aten(reductions.flip, "flip rot90"),
     **_aten(reductions.roll, "roll"),
-    **_aten(reductions.last_two, "tril triu linalg_inv_ex linalg_cholesky_ex linalg_qr linalg_matrix_exp linalg_eigh"),
+    **_aten(reductions.aligned_along, "take_along_dim linalg_cross cross"),
+    **_aten(reductions.last_two, "tril triu linalg_inv linalg_inv_ex inverse linalg_cholesky linalg_cholesky_ex"),
+    **_aten(reductions.last_two, "linalg_qr linalg_svd linalg_svdvals linalg_eigh linalg_eigvalsh linalg_matrix_power"),
+    **_aten(reductions.last_two, "linalg_det det linalg_slogdet slogdet logdet matrix_exp linalg_pinv"),
 }
 CONTRACTIONS = {
     **_aten(contractions.mm, "mm"),
@@ -101,13 +113,14 @@ CONTRACTIONS = {
     **_aten(contractions.addmv, "addmv"),
     **_aten(contractions.dot, "dot vdot"),
     **_aten(contractions.outer, "outer ger"),
+    **_aten(contractions.inner, "inner"),
     **_aten(contractions.linear, "linear"),
-    **_aten(contractions.matmul, "matmul"),
+    **_aten(contractions.matmul, "matmul linalg_matmul"),
     **_aten(contractions.einsum, "einsum"),
     **_aten(contractions.tensordot, "tensordot"),
     **_aten(contractions.bilinear, "bilinear"),
     **_aten(contractions.cdist, "cdist _cdist_forward"),
-    **_aten(contractions.similarity, "cosine_similarity pairwise_distance"),
+    **_aten(contractions.similarity, "cosine_similarity pairwise_distance linalg_vecdot"),
 }
 ATTENTION = {
     **_aten(attention.attention, "scaled_dot_product_attention"),
@@ -119,7 +132,7 @@ LOCAL = {
     **_aten(local.conv, "conv_transpose3d"),
     **_aten(partial(local.leading, worked_on=1), "avg_pool1d max_pool1d max_pool1d_with_indices adaptive_avg_pool1d"),
     **_aten(partial(local.leading, worked_on=1), "adaptive_max_pool1d upsample_nearest1d upsample_linear1d"),
-    **_aten(partial(local.leading, worked_on=1), "_upsample_nearest_exact1d multinomial"),
+    **_aten(partial(local.leading, worked_on=1), "_upsample_nearest_exact1d multinomial stft"),
     **_aten(local.searchsorted, "searchsorted"),
     **_aten(partial(local.leading, worked_on=2), "avg_pool2d max_pool2d max_pool2d_with_indices adaptive_avg_pool2d"),
     **_aten(partial(local.leading, worked_on=2), "adaptive_max_pool2d _adaptive_avg_pool2d upsample_nearest2d"),

@@ -11,6 +11,8 @@ from dpcompile.rules.batching.base import CONSTANT, Call, Mixes, batched, shape_
 
 LEADING = "0123456789"  # stand for leading dimensions that broadcast, aligned from the right; no letter of an einsum
 
+OTHER = str.maketrans("0123456789", "ABCDEFGHIJ")
+
 
 def leads(n: int) -> str:
     return LEADING[len(LEADING) - n :] if n > 0 else ""
@@ -148,9 +150,16 @@ def cdist(call: Call) -> Value:
     return contract(call, [(first, leads(n - 2) + "nk"), (second, leads(m - 2) + "mk")], leads(max(n, m) - 2) + "nm")
 
 
+def inner(call: Call) -> Value:
+    first, second = call.args["self"], call.args["other"]
+    left, right = leads(ndim_of(first) - 1), leads(ndim_of(second) - 1).translate(OTHER)
+    return contract(call, [(first, left + "k"), (second, right + "k")], left + right)
+
+
 def similarity(call: Call) -> Value:
-    """cosine_similarity(x1, x2, dim) and pairwise_distance(x1, x2, keepdim), which works on the last dimension."""
-    first, second = call.args["x1"], call.args["x2"]
+    """cosine_similarity, vecdot and pairwise_distance: two tensors that broadcast, and one dimension that goes."""
+    names = ("x", "y") if "x" in call.args else ("x1", "x2")
+    first, second = (call.args[name] for name in names)
     n = max(ndim_of(first), ndim_of(second))
     letters = leads(n)
     dim = call.args["dim"] % n if "dim" in call.args else n - 1

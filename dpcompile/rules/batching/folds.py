@@ -27,7 +27,8 @@ def refold(call: Call, axis: Axis, before: tuple[Size, ...], after: tuple[Size, 
     if len(dims) != 1:
         raise Mixes("reshapes the batch into several dimensions" if dims else "reshapes the batch away")
     dim = dims[0]
-    multiple, suffix, stride = call.batch.multiple(after[dim]), _product(after[dim + 1 :]), _product(before[axis.dim + 1 :])
+    multiple = call.batch.multiple(after[dim])
+    suffix, stride = _product(after[dim + 1 :]), _product(before[axis.dim + 1 :])
     if multiple is None or suffix is None or stride is None:
         raise Mixes("splits the batch by a fixed number")
     if suffix == 0:

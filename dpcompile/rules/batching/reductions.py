@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dpcompile.ir import Kind, Value
-from dpcompile.rules.batching.base import Call, Mixes, Result, move
+from dpcompile.rules.batching.base import CONSTANT, Call, Mixes, Result, batched, move
+from dpcompile.rules.batching.pointwise import align
 
 OVER_BATCH = "goes over the samples of the batch"
 
@@ -48,6 +49,17 @@ def along(call: Call) -> Result:
             if axis is not None and axis != value.axis:
                 raise Mixes("joins tensors whose batch lies in different places")
     return call.everywhere(value)
+
+
+def aligned_along(call: Call) -> Value:
+    """take_along_dim, cross: tensors aligned by broadcasting, worked on along one dimension."""
+    ndim = len(call.out_shape)
+    axis = align(call, tuple(call.tensors()), ndim)
+    if axis is None:
+        return CONSTANT
+    if call.args.get("dim") is None or call.dim("dim", ndim) == axis.dim:
+        raise Mixes(OVER_BATCH)
+    return batched(axis)
 
 
 def flip(call: Call) -> Value:
