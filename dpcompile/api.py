@@ -13,7 +13,7 @@ from torch import nn
 from dpcompile.calls import CallSpec, bind_sample
 from dpcompile.device import DeviceSpec, spec_for
 from dpcompile.errors import CaptureError, DPCompileError
-from dpcompile.ir import Backward, Program, Tracked, Uses
+from dpcompile.ir import Backward, OutputKind, Program, Tracked, Uses
 from dpcompile.passes.capture import Captured, capture
 from dpcompile.passes.check_supported import check_supported
 from dpcompile.passes.choose_norms import POLICIES, choose_norms
@@ -110,7 +110,8 @@ class Analysis:
         verify(normed.program, "insert-norms")
         program = verify(tidy(reweight_gradients(normed, readers, plan)), "reweight-gradients")
         if self.fused:
-            return Emitted(program, None, 0, self.call, self.captured.out_spec, plan, self.trainable)
+            saved = sum(o.kind in (OutputKind.GRADIENT, OutputKind.NORMS) for o in program.outputs)
+            return Emitted(program, None, saved, self.call, self.captured.out_spec, plan, self.trainable)
         parts = split(program)
         verify(parts.forward, "split")
         verify(parts.backward, "split")

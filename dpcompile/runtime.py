@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -14,21 +14,54 @@ from torch.utils import _pytree as pytree
 from dpcompile import records
 from dpcompile.calls import TARGETS, CallSpec
 from dpcompile.errors import DPCompileError
-from dpcompile.ir import Input, InputKind, OutputKind, Program
+from dpcompile.ir import Input, InputKind, Output, OutputKind, Program
 from dpcompile.plan import Plan
+from dpcompile.torch_internals import boxed
 
 
 @dataclass(frozen=True)
 class Emitted:
-    """The emitted graphs. Split form: forward and backward. Fused form: `forward` is the whole step."""
+    """The emitted graphs. Split form: forward and backward. Fused form: `forward` is the whole step.
+
+    Positions of results are worked out once, here, so that a call only indexes.
+    """
 
     forward: Program
     backward: Program | None
-    saved: int  # how many results of the forward are kept for the backward
+    saved: int  # how many results of `forward`, the last ones, go to the backward
     call: CallSpec
     out_spec: pytree.TreeSpec
     plan: Plan
     trainable: tuple[str, ...]  # qualified names of the parameters that were trainable at compile time
+
+    own: tuple[Output, ...] = field(init=False)  # the model's own results: outputs and new buffer values, in order
+    fixed: tuple[int, ...] = field(init=False)  # those of them that no gradient flows into
+    tangents: tuple[int, ...] = field(init=False)  # those whose gradients the backward reads; fused: the loss
+    gradients: tuple[int | None, ...] = field(init=False)  # for each input of `forward`, which gradient is its own
+    boxed_backward: Callable[[list[Any]], Any] | None = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        own = tuple(o for o in self.forward.outputs if o.kind in (OutputKind.USER, OutputKind.BUFFER))
+        made = (self.backward or self.forward).outputs
+        places = {o.target: i for i, o in enumerate(o for o in made if o.kind is OutputKind.GRADIENT)}
+        derived = {
+            "own": own,
+            "fixed": tuple(i for i, o in enumerate(own) if o.node is not None and not o.wants_gradient),
+            "tangents": tuple(i for i, o in enumerate(own) if o.kind is OutputKind.USER)
+            if self.backward is None
+            else tuple(int(i.target) for i in self.backward.inputs if i.kind is InputKind.TANGENT),
+            "gradients": tuple(
+                places.get(i.target) if i.kind is InputKind.PARAMETER and i.trainable else None
+                for i in self.forward.inputs
+                if i.kind is not InputKind.BOUND
+            ),
+            "boxed_backward": None if self.backward is None else boxed(self.backward.module),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+    def __reduce__(self) -> Any:
+        return Emitted, tuple(getattr(self, f.name) for f in fields(self) if f.init)
 
 
 class DPModule(nn.Module):
@@ -113,7 +146,7 @@ class DPModule(nn.Module):
         assert emitted.backward is not None
         primals = self._primals(emitted.forward, leaves)
         flat = _PrivateFunction.apply(emitted, self._bound_tensor(primals), ~self._handle if empty else self._handle, *primals)
-        flat = self._write_buffers(emitted.forward, flat if isinstance(flat, tuple) else (flat,))
+        flat = self._write_buffers(flat)
         if empty:
             flat = [value[:0] if isinstance(value, torch.Tensor) and value.dim() else value for value in flat]
         return pytree.tree_unflatten(flat, emitted.out_spec)
@@ -124,7 +157,7 @@ class DPModule(nn.Module):
         flat = _FusedFunction.apply(emitted, self._bound_tensor(primals), empty, *primals)
         *flat, norms = flat
         records.write(~self._handle if empty else self._handle, norms)
-        (loss,) = self._write_buffers(emitted.forward, flat)
+        (loss,) = self._write_buffers(flat)
         return loss
 
     def _bound_tensor(self, primals: list[Any]) -> torch.Tensor:
@@ -148,16 +181,17 @@ class DPModule(nn.Module):
         module = self.module.get_submodule(owner)
         return getattr(module, name)
 
-    def _write_buffers(self, program: Program, flat: Any) -> list[Any]:
-        kept = []
-        for value, output in zip(flat, _model_outputs(program), strict=False):
+    def _write_buffers(self, results: Sequence[Any]) -> list[Any]:
+        """The model's outputs, after new buffer values (which depend on no sample) went to their buffers."""
+        outputs = []
+        for value, output in zip(results, self._emitted.own, strict=True):
             if output.kind is OutputKind.BUFFER:
                 owner, _, name = output.target.rpartition(".")
                 with torch.no_grad():
                     getattr(self.module.get_submodule(owner), name).copy_(value)
             else:
-                kept.append(value)
-        return kept
+                outputs.append(value)
+        return outputs
 
     def _check_unchanged(self) -> None:
         now = tuple(name for name, p in self.module.named_parameters() if p.requires_grad)
@@ -199,10 +233,6 @@ class DPModule(nn.Module):
         return f"DPModule(max_grad_norm={self._bound:g}, {self.module!r})"
 
 
-def _model_outputs(program: Program) -> Iterator[Any]:
-    return (o for o in program.outputs if o.kind in (OutputKind.USER, OutputKind.BUFFER))
-
-
 def _changed_message(then: tuple[str, ...], now: tuple[str, ...]) -> str:
     frozen = [name for name in then if name not in now]
     added = [name for name in now if name not in then]
@@ -235,37 +265,24 @@ class _PrivateFunction(torch.autograd.Function):
         results = emitted.forward.module(*primals)
         count = len(results) - emitted.saved
         ctx.emitted, ctx.handle = emitted, handle
-        kept = results[count:]
-        tensors = [t for t in kept if isinstance(t, torch.Tensor)]
-        ctx.save_for_backward(bound, *tensors)
-        ctx.plain = [None if isinstance(t, torch.Tensor) else t for t in kept]
-        outputs = tuple(results[:count])
-        fixed = [
-            value
-            for value, o in zip(outputs, _model_outputs(emitted.forward), strict=True)
-            if isinstance(value, torch.Tensor) and not o.wants_gradient
-        ]
-        ctx.mark_non_differentiable(*fixed)
-        return outputs
+        ctx.save_for_backward(bound, *results[count:])
+        ctx.mark_non_differentiable(*[results[i] for i in emitted.fixed])
+        return tuple(results[:count])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        emitted: Emitted = ctx.emitted
-        bound, *tensors = ctx.saved_tensors
-        given = iter(tensors)
-        saved = [next(given) if plain is None else plain for plain in ctx.plain]
-        del tensors, given
-        program = emitted.backward
-        assert program is not None
-        tangents = [grads[int(i.target)].contiguous() for i in program.inputs if i.kind is InputKind.TANGENT]
-        results = program.module(*saved, *tangents, bound, ctx.handle)
-        by_name = {o.target: g for o, g in zip(program.outputs, results, strict=True) if o.kind is OutputKind.GRADIENT}
-        return (
-            None,
-            None,
-            None,
-            *(by_name.get(i.target) if i.kind is InputKind.PARAMETER and i.trainable else None for i in emitted.forward.inputs),
-        )
+        emitted = ctx.emitted
+        tangents = [grads[i].contiguous() for i in emitted.tangents]
+        if torch.compiler.is_compiling():
+            bound, *saved = ctx.saved_tensors
+            results = emitted.backward.module(*saved, *tangents, bound, ctx.handle)
+        else:
+            bound, *saved = ctx.saved_tensors
+            ctx.maybe_clear_saved_tensors()  # from here on the graph alone holds them, and lets go after the last use
+            boxed = [*saved, *tangents, bound, ctx.handle]
+            del saved, tangents, grads
+            results = emitted.boxed_backward(boxed)
+        return (None, None, None, *[None if at is None else results[at] for at in emitted.gradients])
 
 
 class _FusedFunction(torch.autograd.Function):
@@ -273,36 +290,21 @@ class _FusedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, emitted: Emitted, bound: torch.Tensor, empty: bool, *primals: Any) -> Any:
-        program = emitted.forward
-        results = program.module(*primals, bound)
-        own, grads, norms = [], {}, None
-        for output, value in zip(program.outputs, results, strict=True):
-            if output.kind is OutputKind.GRADIENT:
-                grads[output.target] = value
-            elif output.kind is OutputKind.NORMS:
-                norms = value
-            else:
-                own.append(value)
-        assert norms is not None
-        ctx.save_for_backward(*grads.values())
-        ctx.names, ctx.emitted, ctx.empty = tuple(grads), emitted, empty
-        if empty:
-            own = [value * 0 for value in own]
-        fixed = [v for v, o in zip(own, _model_outputs(program), strict=True) if o.kind is OutputKind.BUFFER]
-        ctx.mark_non_differentiable(norms, *fixed)
+        results = emitted.forward.module(*primals, bound)
+        count = len(results) - emitted.saved  # the model's own results; then gradients and norms
+        *gradients, norms = results[count:]
+        ctx.emitted, ctx.empty = emitted, empty
+        ctx.save_for_backward(*gradients)
+        own = [value * 0 for value in results[:count]] if empty else results[:count]
+        ctx.mark_non_differentiable(norms, *[own[i] for i in emitted.fixed])
         return (*own, norms)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        program = ctx.emitted.forward
-        at = next(i for i, o in enumerate(_model_outputs(program)) if o.kind is OutputKind.USER)
-        scale = grads[at] * 0 if ctx.empty else grads[at]
-        by_name = {name: g * scale for name, g in zip(ctx.names, ctx.saved_tensors, strict=True)}
-        return (
-            None,
-            None,
-            None,
-            *(by_name.get(i.target) if i.kind is InputKind.PARAMETER and i.trainable else None for i in program.inputs if i.kind is not InputKind.BOUND),
-        )
-
-
+        scale = grads[ctx.emitted.tangents[0]]
+        gradients = ctx.saved_tensors
+        if ctx.empty:
+            gradients = [torch.zeros_like(g) for g in gradients]
+        elif torch.compiler.is_compiling() or scale.device.type != "cpu" or scale.item() != 1.0:
+            gradients = [g * scale for g in gradients]
+        return (None, None, None, *[None if at is None else gradients[at] for at in ctx.emitted.gradients])

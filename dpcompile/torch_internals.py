@@ -13,6 +13,7 @@ from torch._dispatch.python import enable_python_dispatcher  # symbolic shapes n
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental import _config as fx_config
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph import _BoxedCodeGen  # no public code generator frees its inputs
 
 aten = torch.ops.aten
 
@@ -113,3 +114,11 @@ def _batch_of(values: Sequence[Any]) -> tuple[int, int, int]:
             if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
                 return i, dim, size.node.hint
     raise AssertionError("a per-sample function has a batched input")
+
+
+def boxed(module: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
+    """The module's graph as a function of one list, which it empties: a caller's argument tuple would keep all alive."""
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    graph.set_codegen(_BoxedCodeGen())
+    return torch.fx.GraphModule(module, graph)

@@ -9,7 +9,7 @@ from dpcompile.origin import origin
 from dpcompile.rules.batching.base import LOSS_PER_SAMPLE, Call, Mixes
 
 KEEPS = frozenset(
-    {"neg", "clone", "_to_copy", "to", "alias", "view", "reshape", "_unsafe_view"}
+    {"neg", "clone", "detach", "_to_copy", "to", "alias", "view", "reshape", "_unsafe_view"}
     | {"squeeze", "unsqueeze", "permute", "transpose"}
 )
 SUMS = frozenset({"sum", "mean"})
