@@ -1,5 +1,251 @@
+"""A plan in words: the table that `print(dp_model.plan)` shows, the same for a program to read, and symbolically."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
-from dpcompile.plan import Plan
+
+import sympy
+
+from dpcompile.flips import PAPER, paper_flip, symbolic_time_flip, turns
+from dpcompile.plan import Cost, Method, Part, Plan
+from dpcompile.rows import Row, folded, rows_of
+from dpcompile.shapes import B, D, P
+
+WIDTH = 140
+SHORTEST = {"parameter": 24, "reason": 12}  # columns that give way where a table is wider, and how far
+LEGEND = (
+    "Times (by the device model), flops of the choice and bytes held from the norm until the clip factors are known: for the",
+    "whole batch, and of one layer where a row stands for several (x12). A bracket joins the uses of one weight.",
+)
+
+
 def plan_text(plan: Plan) -> str:
-    return "\n".join(f"{p.group} {p.module} {p.op} {p.kind} x{p.uses} {p.sizes} {plan.choices[g.name]}" for g in plan.costs.groups for p in g.parts)
-def plan_dict(plan: Plan) -> dict[str, Any]: return {}
+    """One row for each use of a parameter (repeated layers as one), then totals. Stable; at most WIDTH columns."""
+    groups = rows_of(plan)
+    shown = folded(groups)
+    flat = [row for rows in shown for row in rows]
+    optional = [("uses", any(row.uses > 1 for row in flat)), ("G", any(row.size("G") > 1 for row in flat))]
+    table = [{k: v for k, v in _cells(row).items() if (k, False) not in optional} for row in flat]
+    return "\n".join(
+        [
+            f"policy {plan.policy}, batch size {plan.batch_size}, device {_device(plan)}",
+            "",
+            *_table(table, left={"parameter", "op", "choice", "reason"}),
+            "",
+            *LEGEND,
+            "",
+            *_totals(plan, [row for rows in groups for row in rows]),
+            *_flip_lines(),
+            *_notes(plan),
+        ]
+    )
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """The plan for a program to read: every row, none folded; flops, bytes and seconds as numbers."""
+    rows = [row for rows in rows_of(plan) for row in rows]
+    return {
+        "policy": plan.policy,
+        "batch_size": plan.batch_size,
+        "device": {
+            "name": plan.device.name,
+            "flops_per_s": plan.device.flops_per_s,
+            "bytes_per_s": plan.device.bytes_per_s,
+        },
+        "rows": [_row_dict(row) for row in rows],
+        "totals": {
+            "flops": _at(plan.flops(), plan),
+            "plain_flops": _at(plan.plain_flops(), plan),
+            "backbone_flops": _at(plan.costs.backbone_flops, plan),
+            "gradient_time_s": sum(row.chosen.time_s for row in rows),
+            "plain_gradient_time_s": sum(row.plain.time_s for row in rows),
+            "held_bytes": _at(plan.held_bytes(), plan),
+            "largest_transient_bytes": max((row.chosen.transient_bytes for row in rows), default=0),
+        },
+        "symbolic": {"flops": str(plan.flops()), "plain_flops": str(plan.plain_flops())},
+        "flip": {"paper": f"T < {paper_flip()}"},
+        "unused": list(plan.unused),
+        "notes": list(plan.notes),
+    }
+
+
+def symbolic_text(plan: Plan) -> str:
+    """The cost of every kind of use by method in B, T, d, p and G, and where choices turn over, solved for T."""
+    parts = [part for group in plan.costs.groups for part in group.parts]
+    kinds: dict[tuple[Any, ...], list[Part]] = {}
+    for part in parts:
+        kinds.setdefault((part.kind, part.plain, *part.options.items()), []).append(part)
+    lines = ["B samples, T positions, d input features, p output features, G groups; bytes for the sizes of this dtype"]
+    for alike in kinds.values():
+        first = alike[0]
+        lines += ["", f"{first.kind}: {len(alike)} of {len(parts)} uses, for example {first.group} ({first.op})"]
+        forms = [("plain", first.plain), *((m.value, c) for m, c in first.options.items())]
+        if first.kind == "explicit":
+            forms = [forms[0], ("any", forms[1][1])]
+        lines += _table([_formulas(*form) for form in forms])
+        if turns(first):
+            lines += ["", "  ghost and kept take the same time at"]
+            lines += [f"  T = {symbolic_time_flip(first)}", "  with F flops/s and W bytes/s of the device"]
+    lines += ["", *_flip_lines(), ""]
+    flips = [_flip_cells(row) for rows in folded(rows_of(plan)) for row in rows if row.kind in ("outer", "onehot")]
+    lines += _table(flips, left={"parameter", "choice"})
+    lines += ["", f"flops of a private step  {plan.flops()}", f"flops of a plain step    {plan.plain_flops()}"]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- rows
+
+
+def _cells(row: Row) -> dict[str, str]:
+    times = {method.value: row.option(method) for method in Method}
+    return {
+        "parameter": _name(row),
+        "op": row.op,
+        "uses": f"x{row.uses}",
+        **dict(zip("TdpG", _sizes(row), strict=True)),
+        "plain": human(row.plain.time_s, "s"),
+        **{name: human(numbers.time_s, "s") if numbers else "-" for name, numbers in times.items()},
+        "flops": human(row.chosen.flops),
+        "held": human(row.chosen.held_bytes, "B"),
+        "flip T": "-" if row.flip_T is None else f"{row.flip_T:.0f}",
+        "choice": row.method.value,
+        "reason": _short(row.reason),
+    }
+
+
+def _name(row: Row) -> str:
+    return row.place + row.label + (f" x{row.alike}" if row.alike > 1 else "")
+
+
+def _sizes(row: Row) -> list[str]:
+    return [str(size) for _, size in row.sizes]
+
+
+def _short(reason: str) -> str:
+    """The reason without its figures, which stand in the columns beside it."""
+    words = reason.split(" (")[0]
+    return words if len(words) <= 28 else words.split(":")[0]
+
+
+def _flip_cells(row: Row) -> dict[str, str]:
+    paper = float(paper_flip().subs({P: row.size("p"), D: row.size("d")}))
+    return {
+        "parameter": _name(row),
+        **dict(zip("TdpG", _sizes(row), strict=True)),
+        "ghost by the paper: T <": f"{paper:.1f}",
+        "by time: T <": "-" if row.flip_T is None else f"{row.flip_T:.1f}",
+        "choice": row.method.value,
+    }
+
+
+def _formulas(name: str, cost: Cost) -> dict[str, str]:
+    named = {"flops": cost.flops, "bytes moved": cost.bytes, "held": cost.held, "transient": cost.transient}
+    return {"method": name, **{key: str(sympy.sympify(value)) for key, value in named.items()}}
+
+
+def _row_dict(row: Row) -> dict[str, Any]:
+    return {
+        "parameter": row.group,
+        "module": row.module,
+        "op": row.op,
+        "kind": row.kind,
+        "uses": row.uses,
+        **dict(row.sizes),
+        "plain": vars(row.plain),
+        "costs": {method.value: vars(numbers) for method, numbers in row.options},
+        "flip_T": row.flip_T,
+        "choice": row.method.value,
+        "reason": row.reason,
+    }
+
+
+# ---------------------------------------------------------------- totals
+
+
+def _totals(plan: Plan, rows: Sequence[Row]) -> list[str]:
+    flops, plain = _at(plan.flops(), plan), _at(plan.plain_flops(), plan)
+    seconds, plain_seconds = sum(r.chosen.time_s for r in rows), sum(r.plain.time_s for r in rows)
+    counts = [sum(choice.method is method for choice in plan.choices.values()) for method in Method]
+    held, transient = _at(plan.held_bytes(), plan), max((r.chosen.transient_bytes for r in rows), default=0)
+    totals = [
+        ("flops, forward and backward", human(plain), human(flops), _ratio(flops, plain)),
+        ("time of parameter gradients", human(plain_seconds, "s"), human(seconds, "s"), _ratio(seconds, plain_seconds)),
+        ("held until the clip factors", human(0, "B"), human(held, "B"), ""),
+        ("alive during one norm, at most", human(0, "B"), human(transient, "B"), ""),
+    ]
+    head = ("one step", "plain", "private", "ratio")
+    table = _table([dict(zip(head, line, strict=True)) for line in totals], left={"one step"})
+    chosen = ", ".join(f"{count} {method.value}" for count, method in zip(counts, Method, strict=True) if count)
+    return [*table, "", f"choices: {chosen or 'none'}"]
+
+
+def _flip_lines() -> list[str]:
+    rule = f"{PAPER.lhs} < {PAPER.rhs}"
+    return [f"flip: paper ghost iff {rule}, that is T < {paper_flip()}; auto ghost as fast as kept at T = flip T"]
+
+
+def _notes(plan: Plan) -> list[str]:
+    unused = [f"unused: {', '.join(plan.unused)} (no output depends on them: no gradient)"] if plan.unused else []
+    return unused + [f"note: {note}" for note in plan.notes]
+
+
+def _device(plan: Plan) -> str:
+    device = plan.device
+    return f"{device.name} ({human(device.flops_per_s)}flop/s, {human(device.bytes_per_s, 'B')}/s)"
+
+
+def _at(expression: sympy.Expr, plan: Plan) -> int:
+    return int(sympy.sympify(expression).subs({B: plan.batch_size}))
+
+
+def _ratio(value: float, base: float) -> str:
+    return f"{value / base:.2f}" if base else "-"
+
+
+# ---------------------------------------------------------------- text
+
+
+def human(value: float, unit: str = "") -> str:
+    """Three digits and a decimal prefix: 1.23M, 45.6ms, 789B."""
+    if value == 0:
+        return f"0{unit}"
+    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0), ("m", 1e-3), ("u", 1e-6)):
+        if unit == "s" and scale > 1:
+            continue
+        if value >= 0.9995 * scale:
+            break
+    else:
+        prefix, scale = "n", 1e-9
+    number = value / scale
+    if number >= 999.5:
+        return f"{number:.0f}{prefix}{unit}"
+    digits = 0 if (unit != "s" and not prefix) or number >= 99.95 else 1 if number >= 9.995 else 2
+    return f"{number:.{digits}f}{prefix}{unit}"
+
+
+def shorten(text: str, width: int) -> str:
+    """The text, without its middle where it is longer than `width`. A count at its end stays."""
+    if len(text) <= width:
+        return text
+    tail = (width - 1) * 2 // 3  # the end of a module path says most
+    return f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
+
+
+def _table(rows: Sequence[Mapping[str, str]], left: Collection[str] | None = None) -> list[str]:
+    """Columns with their heads: the ones in `left` (default: all) to the left, others to the right."""
+    if not rows:
+        return []
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    spare = WIDTH - sum(widths.values()) - (len(widths) - 1)
+    for name in (n for n in SHORTEST if n in widths and spare < 0):
+        taken = min(-spare, max(widths[name] - SHORTEST[name], 0))
+        widths[name], spare = widths[name] - taken, spare + taken
+    gap = "  " if spare >= len(widths) - 1 else " "
+    lines = []
+    for cells in ({name: name for name in widths}, {name: "-" * width for name, width in widths.items()}, *rows):
+        aligned = [
+            shorten(cells[n], w).ljust(w) if left is None or n in left else cells[n].rjust(w) for n, w in widths.items()
+        ]
+        lines.append(gap.join(aligned).rstrip())
+    return lines

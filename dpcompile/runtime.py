@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from dpcompile import records
 from dpcompile.calls import TARGETS, CallSpec
 from dpcompile.errors import DPCompileError
-from dpcompile.ir import Input, InputKind, Output, OutputKind, Program
+from dpcompile.ir import InputKind, Output, OutputKind, Program
 from dpcompile.plan import Plan
 from dpcompile.torch_internals import boxed
 
@@ -75,6 +75,9 @@ class DPModule(nn.Module):
         super().__init__()
         object.__setattr__(self, "module", model)  # not a submodule: names stay the model's own
         self._emitted = emitted
+        named = dict(model.named_parameters(remove_duplicate=False))
+        # held directly: torch.compile cannot look into an nn.LSTM for its parameters
+        self._held = [named[i.target] for i in emitted.forward.inputs if i.kind is InputKind.PARAMETER]
         self._share()
         self.training = model.training
         self._bound = float(max_grad_norm)
@@ -164,7 +167,7 @@ class DPModule(nn.Module):
         return torch.tensor(self._bound, dtype=torch.float64, device=primals[0].device)
 
     def _primals(self, program: Program, leaves: list[Any]) -> list[Any]:
-        users = iter(leaves)
+        users, parameters = iter(leaves), iter(self._held)
         found = []
         for item in program.inputs:
             if item.kind is InputKind.USER:
@@ -172,31 +175,38 @@ class DPModule(nn.Module):
                 found.append(value.contiguous() if isinstance(value, torch.Tensor) else value)
             elif item.kind is InputKind.CONSTANT:
                 found.append(program.constants[item.target])
-            elif item.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-                found.append(self._tensor(item))
+            elif item.kind is InputKind.PARAMETER:
+                found.append(next(parameters))
+            elif item.kind is InputKind.BUFFER:
+                found.append(self._buffer(item.target))
         return found
 
-    def _tensor(self, item: Input) -> torch.Tensor:
-        owner, _, name = item.target.rpartition(".")
-        module = self.module.get_submodule(owner)
-        return getattr(module, name)
+    def _buffer(self, target: str) -> torch.Tensor:
+        owner, _, name = target.rpartition(".")
+        return getattr(self.module.get_submodule(owner), name)
 
     def _write_buffers(self, results: Sequence[Any]) -> list[Any]:
         """The model's outputs, after new buffer values (which depend on no sample) went to their buffers."""
         outputs = []
         for value, output in zip(results, self._emitted.own, strict=True):
             if output.kind is OutputKind.BUFFER:
-                owner, _, name = output.target.rpartition(".")
                 with torch.no_grad():
-                    getattr(self.module.get_submodule(owner), name).copy_(value)
+                    self._buffer(output.target).copy_(value)
             else:
                 outputs.append(value)
         return outputs
 
     def _check_unchanged(self) -> None:
-        now = tuple(name for name, p in self.module.named_parameters() if p.requires_grad)
-        if now != self._emitted.trainable:
-            raise DPCompileError(_changed_message(self._emitted.trainable, now))
+        """Raise where a parameter was frozen, unfrozen, added or replaced since compilation."""
+        inputs = [i for i in self._emitted.forward.inputs if i.kind is InputKind.PARAMETER]
+        flags = all(p.requires_grad == i.trainable for p, i in zip(self._held, inputs, strict=True))
+        if flags and torch.compiler.is_compiling():
+            return  # what the model holds beside them is looked at in eager calls only
+        now = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        held = {i.target: p for p, i in zip(self._held, inputs, strict=True)}
+        replaced = [name for name, p in held.items() if name in now and now[name] is not p]
+        if not flags or tuple(now) != self._emitted.trainable or replaced:
+            raise DPCompileError(_changed_message(self._emitted.trainable, tuple(now), replaced))
 
     # ------------------------------------------------------------ being a module
 
@@ -233,11 +243,12 @@ class DPModule(nn.Module):
         return f"DPModule(max_grad_norm={self._bound:g}, {self.module!r})"
 
 
-def _changed_message(then: tuple[str, ...], now: tuple[str, ...]) -> str:
+def _changed_message(then: tuple[str, ...], now: tuple[str, ...], replaced: list[str]) -> str:
     frozen = [name for name in then if name not in now]
     added = [name for name in now if name not in then]
     parts = [f"no longer trainable: {', '.join(frozen[:5])}"] if frozen else []
     parts += [f"newly trainable: {', '.join(added[:5])}"] if added else []
+    parts += [f"replaced: {', '.join(replaced[:5])}"] if replaced else []
     return (
         f"call: the trainable parameters changed after compilation ({'; '.join(parts) or 'their order'}). "
         "Compile again with dpcompile(...)."

@@ -4,31 +4,48 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch._decomp import decomposition_table  # no public table holds the RNN decompositions
 from torch._dispatch.python import enable_python_dispatcher  # symbolic shapes need it inside make_fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 from torch.fx.experimental import _config as fx_config
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph import _BoxedCodeGen  # no public code generator frees its inputs
+from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
 
 # Recurrent kernels are one opaque op each; torch's own decompositions turn them into linear and pointwise ops.
-RNN_DECOMPOSITIONS = {
-    op: decomposition_table[op]
-    for op in (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+DECOMPOSITIONS = {
+    op: decomposition_table[op] for op in (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 }
 
 
 @contextlib.contextmanager
-def oblivious_batch() -> Iterator[None]:
-    """Export and tracing treat a batch size with a hint as if it could be 0 or 1 (range [0, inf) instead of [2, inf))."""
-    with fx_config.patch(backed_size_oblivious=True):
-        yield
+def symbolic_batch() -> Iterator[None]:
+    """How export and make_fx treat the batch size while dpcompile looks at a model.
+
+    - A size with a hint is treated as if it could be 0 or 1: the batch range is [0, inf) instead of [2, inf).
+    - torch's table decomposes nll_loss by a function of another signature (pytorch issue 106375), which reads
+      reduction="none" as a mean where sizes are symbolic; without the entry the op's own shape rule is used.
+    """
+    broken = decomposition_table.pop(aten.nll_loss.default, None)
+    try:
+        with fx_config.patch(backed_size_oblivious=True):
+            yield
+    finally:
+        if broken is not None:
+            decomposition_table[aten.nll_loss.default] = broken
 
 
 def fake_mode_of(graph: torch.fx.Graph) -> FakeTensorMode:
@@ -49,7 +66,7 @@ def trace(
     `vmapped` says that `fn` uses torch.func.vmap over the batch: see `_trace_vmapped`.
     """
     table = torch.export.default_decompositions() if decompose else {}
-    with oblivious_batch(), enable_python_dispatcher():
+    with symbolic_batch(), enable_python_dispatcher():
         if vmapped:
             fn = _trace_vmapped(fn, values)
         with mode:
@@ -122,3 +139,31 @@ def boxed(module: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
     graph.output(graph.graph_copy(module.graph, {}))
     graph.set_codegen(_BoxedCodeGen())
     return torch.fx.GraphModule(module, graph)
+
+
+def without_memory() -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that gives the CPU tensor or parameter of the same size that holds no memory (a fake tensor)."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        with mode:
+            made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+        return torch.nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else made
+
+    return fake
+
+
+def dry_run(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
+    """The error that a model without memory meets when it is called; None if it meets none or asks for real values."""
+    mode = next(p.fake_mode for p in model.parameters() if isinstance(p, FakeTensor))
+    with mode, torch.no_grad():
+        args, kwargs = tree_map_only(
+            torch.Tensor, lambda t: torch.empty(t.size(), dtype=t.dtype), (tuple(args), dict(kwargs))
+        )
+        try:
+            model(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
+            return None
+        except Exception as error:
+            return error
+    return None

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from dpcompile.calls import CallSpec
 from dpcompile.errors import CaptureError
 from dpcompile.ir import Input, InputKind, Output, OutputKind, Program
-from dpcompile.torch_internals import RNN_DECOMPOSITIONS, enable_python_dispatcher, fake_mode_of, oblivious_batch
+from dpcompile.torch_internals import DECOMPOSITIONS, symbolic_batch
 
 aten = torch.ops.aten
 
@@ -93,17 +93,16 @@ def capture(
         {leaf.batch_dim: torch.export.Dim.DYNAMIC} if leaf.batch_dim is not None else None for leaf in call.leaves
     )
     try:
-        with oblivious_batch(), warnings.catch_warnings(), torch.enable_grad():
+        with symbolic_batch(), warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")  # torch.export's own deprecations: nothing a user could act on
             exported = torch.export.export(root, sample, dynamic_shapes=(dynamic,), strict=False)
             _keep_no_grad_regions(exported.graph_module)
             _inline_empty_literals(exported.graph_module)
-            exported = exported.run_decompositions(dict(RNN_DECOMPOSITIONS))
+            exported = exported.run_decompositions(dict(DECOMPOSITIONS))
     except CaptureError:
         raise
     except Exception as error:
         raise CaptureError(_capture_message(model, call, error)) from error
-    _mend_loss_shapes(exported.graph_module)
     return Captured(_program_of(exported, model, call), out_specs[-1])
 
 
@@ -175,14 +174,6 @@ def _inline_empty_literals(module: fx.GraphModule) -> None:
         node.replace_all_uses_with(empty)
         module.graph.erase_node(node)
     module.recompile()
-
-
-def _mend_loss_shapes(module: fx.GraphModule) -> None:
-    """Torch 2.13 records a 0-dim result for an unreduced cross_entropy_loss that it kept whole: ask the op again."""
-    for node in module.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-        with fake_mode_of(module.graph), oblivious_batch(), enable_python_dispatcher():
-            node.meta["val"] = aten.cross_entropy_loss.default(*args, **kwargs)
 
 
 def _program_of(exported: torch.export.ExportedProgram, model: nn.Module, call: CallSpec) -> Program:

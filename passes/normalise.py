@@ -68,6 +68,8 @@ def normalise(program: Program) -> Program:
             _rewrite(graph, node)
         elif node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
             _reshape(node)
+        elif node.target in (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims):
+            _squeeze(node)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     graph.lint()
     program.module.recompile()
@@ -113,3 +115,14 @@ def _reshape(node: fx.Node) -> None:
             for want, have in zip(sizes, known, strict=True)
         ],
     )
+
+
+def _squeeze(node: fx.Node) -> None:
+    """Squeeze what has size one whatever the batch size is: a batch of one sample keeps its dimension."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    shape = source.meta["val"].shape
+    asked = range(len(shape)) if node.target is aten.squeeze.default else node.args[1]
+    dims = [asked] if isinstance(asked, int) else list(asked)  # type: ignore[arg-type]
+    fixed = [dim for dim in dims if isinstance(shape[dim], int) and shape[dim] == 1]
+    node.target, node.args = aten.squeeze.dims, (source, fixed)

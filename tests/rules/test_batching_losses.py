@@ -61,6 +61,7 @@ REFUSED: dict[str, tuple[str, Loss]] = {
     "sum and mean": ("not linear", lambda s, y, i: y.sum() + y.mean()),
     "penalty": ("parameters alone", lambda s, y, i: y.mean() + s.weight.square().sum()),
     "tokens": ("loss of shape", lambda s, y, i: F.cross_entropy(y.mT, i, reduction="none")),
+    "one row": ("for one row", lambda s, y, i: F.triplet_margin_loss(y[:, 0, 0], y[:, 0, 1], y[:, 0, 2])),
     "largest": ("over the samples", lambda s, y, i: y.amax()),
 }
 

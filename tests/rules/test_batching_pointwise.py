@@ -23,7 +23,7 @@ def elementwise(self: Any, x: Tensor, m: Tensor) -> Any:  # x: [B, T, D], m: [B,
         torch.maximum(x, x.floor_divide(2.0)).to(torch.float64).type_as(x),
         F.gelu(x) + F.silu(x) + F.softplus(x) + F.logsigmoid(x) + F.hardswish(x) + F.prelu(x, self.weight[0, :T]),
         torch.max(x, x.neg()),
-        torch.bucketize(x, torch.arange(3.0)),
+        torch.bucketize(x, torch.arange(3.0)) + torch.isin(x.long(), torch.arange(2)),
         x.detach().clone().contiguous().real,
         F.glu(x, -1),
         torch.zeros_like(x).copy_(x[:, :1]) + 1,
@@ -74,6 +74,7 @@ def test_meetings_of_samples_are_refused() -> None:
             x - x.mean(0),  # refused: not linear in a sum over the samples
             x[:, 0, :, None] * x[:, 0].t(),  # refused: combines every sample with every other
             columns + x.reshape(-1, D),  # refused: different orders
+            torch.isin(x, x[:, 0, 0]) * x,  # refused: differs between samples
             x * torch.arange(size)[:, None, None],  # refused: position of a sample
             x / size,  # refused: number of samples
             x.softmax(0),  # refused: over the samples

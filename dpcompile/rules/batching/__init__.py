@@ -66,7 +66,8 @@ VIEWS = {
     **_aten(views.as_real, "view_as_real view_as_complex"),
 }
 POINTWISE = {
-    **_aten(pointwise.pointwise, "where masked_fill lerp addcmul addcdiv clamp clamp_min clamp_max isin bucketize"),
+    **_aten(pointwise.pointwise, "where masked_fill lerp addcmul addcdiv clamp clamp_min clamp_max"),
+    **_aten(pointwise.among, "isin bucketize"),
     **_aten(pointwise.pointwise, "rsub bernoulli binomial poisson normal_functional exponential rrelu"),
     **_aten(pointwise.pointwise, "uniform normal cauchy geometric log_normal random gelu"),
     **_aten(pointwise.several, "native_dropout log_sigmoid_forward frexp rrelu_with_noise_functional"),
@@ -173,10 +174,10 @@ INDEXING = {
 LOSSES = {
     **_aten(losses.elementwise, "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy kl_div"),
     **_aten(losses.elementwise, "binary_cross_entropy_with_logits soft_margin_loss poisson_nll_loss"),
-    **_aten(losses.elementwise, "hinge_embedding_loss"),
+    **_aten(losses.elementwise, "hinge_embedding_loss margin_ranking_loss"),
     **_aten(losses.cross_entropy, "cross_entropy_loss nll_loss nll_loss_nd nll_loss2d"),
     **_aten(losses.nll_forward, "nll_loss_forward nll_loss2d_forward"),
-    **_aten(losses.margin, "triplet_margin_loss margin_ranking_loss cosine_embedding_loss"),
+    **_aten(losses.margin, "triplet_margin_loss cosine_embedding_loss"),
 }
 CONSTRUCTORS = {
     **_aten(constructors.sized, "zeros ones full rand randn randint empty empty_strided scalar_tensor new_zeros"),

@@ -110,6 +110,8 @@ def repeat(call: Call) -> Value:
 
 
 def repeat_interleave(call: Call) -> Value:
+    if "self" not in call.args:  # the form that only makes an index
+        raise Mixes("makes a number of elements that depends on the data of all samples")
     value, before = call.value("self"), call.shape("self")
     dim, axis, repeats = call.args.get("dim"), value.axis, call.number("repeats")
     if dim is None and len(before) > 1:
@@ -133,12 +135,12 @@ def slice_(call: Call) -> Value:
     if axis is None:
         return value
     if dim != axis.dim:
-        call.require_no_batch_size("start", "end")
+        call.require_no_batch_size("start", "end", "length")
         return value
-    if call.out_shape[dim] == before[dim] and call.args["step"] == 1:
+    step = call.args.get("step", 1)
+    if call.out_shape[dim] == before[dim] and step == 1:
         return value
-    start = call.number("start") or 0
-    return Value(value.kind, block(call, axis, start, call.out_shape[dim], call.args["step"]))
+    return Value(value.kind, block(call, axis, call.number("start") or 0, call.out_shape[dim], step))
 
 
 def block(call: Call, axis: Axis, start: Size, length: Size, step: int = 1) -> Axis:

@@ -68,8 +68,10 @@ def _mean(call: Call, axis: Axis, as_probabilities: bool, single: bool) -> Value
 
 
 def margin(call: Call) -> Value:
-    """triplet_margin, margin_ranking, cosine_embedding: anchors and others, one row each; the last dimension goes."""
+    """triplet_margin, cosine_embedding: anchors and others, one row each; the last dimension of the rows goes."""
     axis: Axis | None = None
+    if any(len(call.shape(name)) < 2 for name in ("anchor", "positive", "input1", "input2") if name in call.args):
+        raise Mixes("takes the batch for one row")
     for tensor in call.tensors():
         found = call.known(tensor).axis
         if found is not None and (found.dim != 0 or axis not in (None, found)):

@@ -21,7 +21,7 @@ def layer_norm(call: Call) -> Result:
 def group_norm(call: Call) -> Result:
     call.require_unbatched("weight", "bias")
     value = call.value("input")
-    if call.batch_of("input").dim != 0:
+    if call.batch_of("input").dim != 0 or call.number("N") not in (None, call.shape("input")[0]):
         raise Mixes("normalises over the samples of the batch", INTO_DIM_0)
     return call.everywhere(value)
 
@@ -49,7 +49,7 @@ def batch_norm(call: Call) -> Result:
     axis = call.batch_of("input")
     training = call.args.get("training", call.args.get("train", "_with_update" in str(call.op)))
     per_channel = [call.axis(name) for name in ("weight", "bias", "running_mean", "running_var")]
-    if axis.dim == 1 or len(call.shape("input")) == 1:
+    if axis.dim == 1:
         if any(found is not None and found != Axis(0, axis.outer, axis.inner) for found in per_channel):
             raise Mixes("uses weights or statistics of other samples")
     elif training:

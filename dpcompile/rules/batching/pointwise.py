@@ -38,6 +38,12 @@ def pointwise(call: Call) -> Value:
     return CONSTANT if axis is None else batched(axis)
 
 
+def among(call: Call) -> Value:
+    """isin, bucketize: each element is compared with all of a list, which must be the same for every sample."""
+    call.require_unbatched("test_elements", "test_element", "boundaries")
+    return pointwise(call)
+
+
 def unary(call: Call) -> Value:
     """A copy or a random change of each element by itself: whatever is known of the input holds for the result."""
     return call.value("self" if "self" in call.args else "input")
