@@ -8,7 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -25,26 +25,26 @@ from dpcompile.errors import CaptureError, DPCompileError
 from dpcompile.report import plan_dict, plan_text, symbolic_text
 from dpcompile.rules.sites.fallback import Fallback
 from dpcompile.specs import TargetError
-from dpcompile.targets import Target, describe, load_target, misfit
+from dpcompile.targets import Target, load_target, misfit
 
 REFUSED, BAD_ARGUMENTS = 1, 2  # exit codes
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 
-class Policy(str, Enum):
+class Policy(StrEnum):
     AUTO = "auto"
     PAPER = "paper"
     GHOST = "ghost"
     EXPLICIT = "explicit"
 
 
-class Device(str, Enum):
+class Device(StrEnum):
     CPU = "cpu"
     CUDA = "cuda"
 
 
-class Part(str, Enum):
+class Part(StrEnum):
     FORWARD = "forward"
     BACKWARD = "backward"
     USES = "uses"
@@ -133,7 +133,7 @@ def graph(
         loaded = load_target(target, inputs or (), batch=batch, seq=seq, settings=settings or ())
         analysis = _analysed(loaded)
         if part is Part.USES:
-            drawn, code = uses_of(analysis.uses), ""
+            drawn = uses_of(analysis.uses)
             code = "\n".join(f"{a} -> {b}" for a, b in drawn.edges)
         else:
             emitted = analysis.emit(analysis.plan(policy.value, batch_size=batch), mean=True)
@@ -195,7 +195,7 @@ def _write(file: Path, text: str) -> None:
     try:
         file.write_text(text)
     except OSError as error:
-        raise TargetError(f"cannot write {str(file)!r}: {describe(error)}") from error
+        raise TargetError(f"cannot write {str(file)!r}: {error.strerror}") from error
 
 
 def _say(text: str) -> None:

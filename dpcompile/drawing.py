@@ -24,18 +24,23 @@ COLOURS = {
     "output": "#b5d6f2",
     "value": "#fbeccf",
 }
+# Only other ways to look at a tensor: left out of a drawing, which they would fill.
+_SAME_SIZE = {"view", "_unsafe_view", "reshape", "permute", "transpose", "t", "clone", "detach", "alias"}
+VIEWS = _SAME_SIZE | {"unsqueeze", "squeeze", "expand", "slice", "select"}
 _ROW, _PER_CHARACTER = 0.42, 0.075  # inches
 
 
 def flow_of(program: Program) -> nx.DiGraph:
-    """Nodes of an emitted graph with their shapes. Sizes and picks from tuples are left out, as are unread inputs."""
+    """Nodes of an emitted graph with their shapes. Views, sizes and unread inputs are left out."""
     graph = nx.DiGraph()
     inputs = {item.node: item.kind.value for item in program.inputs}
     outputs = {output.node: output.kind.value for output in program.outputs if output.node is not None}
+    gradients = {o.node: f"{o.target}.grad" for o in program.outputs if o.kind is OutputKind.GRADIENT}
     for node in program.graph.nodes:
-        if _is_tensor(node) and (node.users or node.name in outputs):
+        if node.name in outputs or (_is_drawn(node) and node.users):
             kind = outputs.get(node.name) or inputs.get(node.name) or ("input" if node.op == "placeholder" else "op")
-            graph.add_node(node.name, label=f"{_short(node.name)} {_shape(node)}", kind=kind)
+            name = gradients.get(node.name, _short(node.name))
+            graph.add_node(node.name, label=f"{name} {_shape(node)}", kind=kind)
     for node in program.graph.nodes:
         if node.name in graph:
             graph.add_edges_from((source, node.name) for source in _sources(node, graph))
@@ -69,7 +74,8 @@ def write_svg(graph: nx.DiGraph, file: Path, title: str) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise TargetError("--svg needs matplotlib: pip install matplotlib") from None
-    places, width, height = layout(graph)
+    small = all(len(part) <= 8 for part in nx.weakly_connected_components(graph))
+    places, width, height = (layout_list if small else layout)(graph)
     figure = Figure(figsize=(width, height))
     FigureCanvasSVG(figure)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -106,6 +112,19 @@ def layout(graph: nx.DiGraph) -> tuple[dict[str, tuple[float, float]], float, fl
     return places, widest + 0.1, y
 
 
+def layout_list(graph: nx.DiGraph) -> tuple[dict[str, tuple[float, float]], float, float]:
+    """The same for many small components: one below the other, each from left to right."""
+    wide = _PER_CHARACTER * (max(len(label) for _, label in graph.nodes(data="label")) + 8)
+    places: dict[str, tuple[float, float]] = {}
+    y = 0.6
+    for part in sorted(nx.weakly_connected_components(graph), key=lambda part: min(map(list(graph).index, part))):
+        generations = list(nx.topological_generations(graph.subgraph(part)))
+        for i, generation in enumerate(generations):
+            places.update({name: ((i + 0.5) * wide, y + j * _ROW) for j, name in enumerate(generation)})
+        y += _ROW * max(map(len, generations))
+    return places, max(x for x, _ in places.values()) + wide / 2, y
+
+
 def _layers(graph: nx.DiGraph) -> list[list[str]]:
     """Topological generations, with inputs moved down to just above their first reader and rows of at most 12."""
     level = {n: i for i, generation in enumerate(nx.topological_generations(graph)) for n in generation}
@@ -122,15 +141,18 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _is_tensor(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "call_function") and isinstance(node.meta.get("val"), torch.Tensor)
+def _is_drawn(node: fx.Node) -> bool:
+    packet = getattr(node.target, "overloadpacket", None)
+    drawn = node.op == "placeholder" or (packet is not None and packet.__name__ not in VIEWS)
+    return drawn and isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _sources(node: fx.Node, graph: nx.DiGraph) -> set[str]:
     """The drawn nodes that a node reads, through those that are not drawn."""
     found: set[str] = set()
     for source in node.all_input_nodes:
-        found |= {source.name} if source.name in graph else _sources(source, graph)
+        if not isinstance(source.meta.get("val"), torch.SymInt):
+            found |= {source.name} if source.name in graph else _sources(source, graph)
     return found
 
 

@@ -8,13 +8,13 @@ from dpcompile.device import DeviceSpec
 from dpcompile.plan import Method, Part
 from dpcompile.shapes import B, D, G, P, T
 
-PAPER = sympy.Lt(2 * T**2, P * D)
-"""Mixed ghost clipping, arXiv:2205.10683 eq. 4.2: ghost where this holds."""
+PAPER = (2 * T**2, P * D)
+"""Mixed ghost clipping, arXiv:2205.10683 eq. 4.2: ghost where the first is below the second."""
 
 
 def paper_flip() -> sympy.Expr:
     """The T below which the paper's rule takes ghost norms: an expression in p and d."""
-    return sympy.solve(sympy.Eq(PAPER.lhs, PAPER.rhs), T)[-1]
+    return sympy.solve(sympy.Eq(*PAPER), T)[-1]
 
 
 RATES = sympy.symbols("F W", positive=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,8 @@ from dpcompile.shapes import B, D, P
 WIDTH = 140
 SHORTEST = {"parameter": 24, "reason": 12}  # columns that give way where a table is wider, and how far
 LEGEND = (
-    "Times (by the device model), flops of the choice and bytes held from the norm until the clip factors are known: for the",
-    "whole batch, and of one layer where a row stands for several (x12). A bracket joins the uses of one weight.",
+    "Times (by the device model), flops of the choice, bytes held from the norm until the clip factors are known: for",
+    "the whole batch, and of one layer where a row stands for several (x12). Rows from + to + are uses of one weight.",
 )
 
 
@@ -124,7 +125,7 @@ def _sizes(row: Row) -> list[str]:
 
 def _short(reason: str) -> str:
     """The reason without its figures, which stand in the columns beside it."""
-    words = reason.split(" (")[0]
+    words = reason.split(" (")[0].replace("²", "^2").replace("≥", ">=")  # plain ASCII prints everywhere
     return words if len(words) <= 28 else words.split(":")[0]
 
 
@@ -181,7 +182,7 @@ def _totals(plan: Plan, rows: Sequence[Row]) -> list[str]:
 
 
 def _flip_lines() -> list[str]:
-    rule = f"{PAPER.lhs} < {PAPER.rhs}"
+    rule = " < ".join(map(str, PAPER))
     return [f"flip: paper ghost iff {rule}, that is T < {paper_flip()}; auto ghost as fast as kept at T = flip T"]
 
 
@@ -206,30 +207,32 @@ def _ratio(value: float, base: float) -> str:
 # ---------------------------------------------------------------- text
 
 
+_PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0), ("m", 1e-3), ("u", 1e-6), ("n", 1e-9))
+
+
 def human(value: float, unit: str = "") -> str:
-    """Three digits and a decimal prefix: 1.23M, 45.6ms, 789B."""
+    """Three digits and a decimal prefix: 1.23M, 45.6ms, 789B. Seconds have no prefix above one."""
     if value == 0:
         return f"0{unit}"
-    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0), ("m", 1e-3), ("u", 1e-6)):
-        if unit == "s" and scale > 1:
-            continue
-        if value >= 0.9995 * scale:
-            break
-    else:
-        prefix, scale = "n", 1e-9
+    fitting = [(prefix, scale) for prefix, scale in _PREFIXES if unit != "s" or scale <= 1]
+    prefix, scale = next(((p, s) for p, s in fitting if value >= 0.9995 * s), fitting[-1])
     number = value / scale
-    if number >= 999.5:
-        return f"{number:.0f}{prefix}{unit}"
-    digits = 0 if (unit != "s" and not prefix) or number >= 99.95 else 1 if number >= 9.995 else 2
-    return f"{number:.{digits}f}{prefix}{unit}"
+    whole = number >= 99.95 or (unit != "s" and not prefix)
+    return f"{number:.{0 if whole else 1 if number >= 9.995 else 2}f}{prefix}{unit}"
 
 
 def shorten(text: str, width: int) -> str:
-    """The text, without its middle where it is longer than `width`. A count at its end stays."""
-    if len(text) <= width:
-        return text
-    tail = (width - 1) * 2 // 3  # the end of a module path says most
-    return f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
+    """The text with ~ for its middle if longer than `width`. Layer numbers and the last name stay if they fit."""
+    words = text.lstrip(" +|").split(".")
+    mark = text[: len(text) - len(text.lstrip(" +|"))]
+    removable = [i for i, word in enumerate(words[:-1]) if "{" not in word]
+    while len(mark) + len(".".join(words)) > width and removable:
+        words[removable.pop((len(removable) - 1) // 2)] = "~"
+    short = mark + re.sub(r"~(\.~)+", "~", ".".join(words))
+    if len(short) <= width:
+        return short
+    tail = (width - 1) * 2 // 3
+    return f"{text[: width - 1 - tail]}~{text[len(text) - tail :]}"
 
 
 def _table(rows: Sequence[Mapping[str, str]], left: Collection[str] | None = None) -> list[str]:

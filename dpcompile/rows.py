@@ -66,7 +66,7 @@ def folded(groups: Sequence[list[Row]]) -> list[list[Row]]:
 
 def _group_rows(plan: Plan, group: GroupCost) -> list[Row]:
     choice = plan.choices[group.name]
-    places = " " if len(group.parts) == 1 else "┌" + "│" * (len(group.parts) - 2) + "└"
+    places = " " if len(group.parts) == 1 else "+" + "|" * (len(group.parts) - 2) + "+"
     rows = []
     for part, place in zip(group.parts, places, strict=True):
         options = tuple((m, _numbers(plan, part, m)) for m in part.options)
@@ -95,7 +95,7 @@ def _group_rows(plan: Plan, group: GroupCost) -> list[Row]:
 def _label(group: GroupCost, part: Part) -> str:
     """The parameter where its name tells the module too, else module and parameter."""
     if part.kind == "cross":
-        return " × ".join(dict.fromkeys(other.module for other in group.parts if other.kind != "cross"))
+        return " x ".join(dict.fromkeys(other.module for other in group.parts if other.kind != "cross"))
     if part.module == "(root)" or group.name.startswith(f"{part.module}."):
         return group.name
     return f"{part.module}: {group.name}"

@@ -273,7 +273,7 @@ class _PrivateFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, emitted: Emitted, bound: torch.Tensor, handle: int, *primals: Any) -> Any:
-        results = emitted.forward.module(*primals)
+        results = emitted.forward.module.forward(*primals)
         count = len(results) - emitted.saved
         ctx.emitted, ctx.handle = emitted, handle
         ctx.save_for_backward(bound, *results[count:])
@@ -286,7 +286,7 @@ class _PrivateFunction(torch.autograd.Function):
         tangents = [grads[i].contiguous() for i in emitted.tangents]
         if torch.compiler.is_compiling():
             bound, *saved = ctx.saved_tensors
-            results = emitted.backward.module(*saved, *tangents, bound, ctx.handle)
+            results = emitted.backward.module.forward(*saved, *tangents, bound, ctx.handle)
         else:
             bound, *saved = ctx.saved_tensors
             ctx.maybe_clear_saved_tensors()  # from here on the graph alone holds them, and lets go after the last use
@@ -301,7 +301,7 @@ class _FusedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, emitted: Emitted, bound: torch.Tensor, empty: bool, *primals: Any) -> Any:
-        results = emitted.forward.module(*primals, bound)
+        results = emitted.forward.module.forward(*primals, bound)
         count = len(results) - emitted.saved  # the model's own results; then gradients and norms
         *gradients, norms = results[count:]
         ctx.emitted, ctx.empty = emitted, empty

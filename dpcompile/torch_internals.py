@@ -138,7 +138,7 @@ def boxed(module: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     graph.set_codegen(_BoxedCodeGen())
-    return torch.fx.GraphModule(module, graph)
+    return torch.fx.GraphModule(module, graph).forward
 
 
 def without_memory() -> Callable[[torch.Tensor], torch.Tensor]:
