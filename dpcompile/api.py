@@ -88,7 +88,7 @@ class Analysis:
     trainable: tuple[str, ...]
 
     def plan(self, policy: str = "auto", *, device: DeviceSpec | None = None, batch_size: int | None = None) -> Plan:
-        costs = estimate_costs(self.program, self.backward, self.uses)
+        costs = estimate_costs(self.backward, self.readers())
         return choose_norms(
             self.program,
             self.uses,
@@ -98,13 +98,14 @@ class Analysis:
             batch_size=batch_size or max(self.call.batch_size, 1),
         )
 
+    def readers(self) -> list[GroupReader]:
+        """One for each group that some output depends on."""
+        readers = [GroupReader(group, self.program, self.tracked, self.backward) for group in self.uses.groups]
+        return [reader for reader in readers if reader.sites]
+
     def emit(self, plan: Plan, *, mean: bool) -> Emitted:
         """The emitted graphs: norms, clip factors and clipped sums written behind the traced backward."""
-        readers = [
-            GroupReader(group, self.program, self.tracked, self.backward)
-            for group in self.uses.groups
-            if group.name in plan.choices
-        ]
+        readers = self.readers()
         scale = loss_scale(self.program, self.tracked) if self.fused else ("mean" if mean else "sum")
         normed = insert_norms(self.backward.program, readers, plan, mean=scale == "mean", fused=self.fused)
         verify(normed.program, "insert-norms")

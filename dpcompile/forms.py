@@ -66,12 +66,12 @@ def transposed(form: Form, permutation: Dims) -> Form:
     return moved
 
 
-def spans(form: Form) -> tuple[Dims, frozenset[Dims]] | None:
+def spans(form: Form) -> tuple[int, Dims, frozenset[Dims]] | None:
     """What two factored forms must share to have an inner product without being made explicit."""
     if isinstance(form, Explicit):
         return None
-    groups = form.group_dims if isinstance(form, Outer) else ()
-    return groups, frozenset({form.row_dims, form.col_dims})
+    groups, count = (form.group_dims, form.rows_BGTp.shape[1]) if isinstance(form, Outer) else ((), 1)
+    return count, groups, frozenset({form.row_dims, form.col_dims})
 
 
 # ------------------------------------------------------------------ explicit
@@ -172,6 +172,8 @@ def _swapped(form: Outer) -> Outer:
 
 def inner(left: Outer | OneHot, right: Outer | OneHot) -> torch.Tensor:
     """[B] inner product of two factored gradients: sum_ts <rows_t, rows'_s> <cols_t, cols'_s>."""
+    if spans(left) != spans(right):  # one weight read in two ways that share no factor
+        return (_accurate(explicit(left)) * _accurate(explicit(right))).flatten(1).sum(1)
     if isinstance(left, Outer) and isinstance(right, Outer):
         if left is right and left.rows_BGTp.shape[2] == 1:
             return (sq_norm(left.rows_BGTp.flatten(0, 1)) * sq_norm(left.cols_BGTd.flatten(0, 1))).unflatten(

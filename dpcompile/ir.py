@@ -64,15 +64,15 @@ class Program:
     batch: torch.SymInt  # the batch size as a free symbol of the graph's ShapeEnv
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
+    def __reduce__(self) -> Any:
+        """A stored program runs; it has no fake tensors any more, so it cannot be compiled further."""
+        return Program, (self.module, self.inputs, self.outputs, None, self.constants)
+
     @property
     def graph(self) -> fx.Graph:
         return self.module.graph
 
     def node(self, name: str) -> fx.Node:
-        found = self.graph.find_nodes(op="placeholder")
-        for node in found:
-            if node.name == name:
-                return node
         return next(node for node in self.graph.nodes if node.name == name)
 
     def nodes(self) -> dict[str, fx.Node]:
@@ -103,7 +103,7 @@ class Kind(Enum):
     PARAMETER = "parameter"  # depends on parameters and constants only
     BATCHED = "batched"  # sample i's data lies only in slice i of `axis`
     ROWS = "rows"  # the sample numbers 0..B-1 along `axis`: may only select each sample's own row
-    REDUCED = "reduced"  # sum over samples of a per-sample value, times the constant `scale`
+    REDUCED = "reduced"  # sum (or mean) over samples of a per-sample value, up to an added constant
     MIXED = "mixed"  # anything else
 
 

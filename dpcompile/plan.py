@@ -33,6 +33,15 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Product:
+    """One matrix product of a part and what it is made from. Equal ones of several parts are formed once."""
+
+    method: Method
+    tensors: tuple[str, ...]  # nodes of the backward program, and what else tells the product from others of theirs
+    flops: sympy.Expr  # in B
+
+
+@dataclass(frozen=True)
 class Part:
     """One row of the plan: uses of one kind that are concatenated along T and handled as one."""
 
@@ -44,6 +53,7 @@ class Part:
     sizes: Mapping[sympy.Symbol, int]  # T, d, p, G
     plain: Cost
     options: Mapping[Method, Cost]
+    products: tuple[Product, ...] = ()  # those that other parts may share
 
     def size(self, symbol: sympy.Symbol) -> int:
         return self.sizes[symbol]
@@ -90,14 +100,20 @@ class Plan:
 
     def flops(self) -> sympy.Expr:
         """All matmul flops of one private step, in B: what FlopCounterMode counts on the emitted graphs."""
-        return sympy.expand(
-            self.costs.backbone_flops
-            + sum(
-                part.options[self.method(group.name)].flops.subs(part.sizes)
-                for group in self.costs.groups
-                for part in group.parts
-            )
-        )
+        chosen = [(part, self.method(group.name)) for group in self.costs.groups for part in group.parts]
+        total = self.costs.backbone_flops + sum(part.options[m].flops.subs(part.sizes) for part, m in chosen)
+        return sympy.expand(total - self.shared_flops())
+
+    def shared_flops(self) -> sympy.Expr:
+        """What is saved by forming equal products once: query, key and value share a Gram matrix."""
+        seen: set[Product] = set()
+        saved: sympy.Expr = sympy.Integer(0)
+        for group in self.costs.groups:
+            method = self.method(group.name)
+            for product in (product for part in group.parts for product in part.products if product.method is method):
+                saved += product.flops if product in seen else 0
+                seen.add(product)
+        return sympy.expand(saved)
 
     def plain_flops(self) -> sympy.Expr:
         """The same for plain training: backbone and one contraction for each use."""

@@ -14,6 +14,7 @@ from dpcompile.rows import Row, folded, rows_of
 from dpcompile.shapes import B, D, P
 
 WIDTH = 140
+PLACES = " +|"  # where a row stands among the uses of one weight: rows.Row.place
 SHORTEST = {"parameter": 24, "reason": 12}  # columns that give way where a table is wider, and how far
 LEGEND = (
     "Times (by the device model), flops of the choice, bytes held from the norm until the clip factors are known: for",
@@ -59,6 +60,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
             "flops": _at(plan.flops(), plan),
             "plain_flops": _at(plan.plain_flops(), plan),
             "backbone_flops": _at(plan.costs.backbone_flops, plan),
+            "shared_flops": _at(plan.shared_flops(), plan),
             "gradient_time_s": sum(row.chosen.time_s for row in rows),
             "plain_gradient_time_s": sum(row.plain.time_s for row in rows),
             "held_bytes": _at(plan.held_bytes(), plan),
@@ -125,7 +127,9 @@ def _sizes(row: Row) -> list[str]:
 
 def _short(reason: str) -> str:
     """The reason without its figures, which stand in the columns beside it."""
-    words = reason.split(" (")[0].replace("²", "^2").replace("≥", ">=")  # plain ASCII prints everywhere
+    words = (
+        reason.split(" (")[0].split(" of ")[0].replace("²", "^2").replace("≥", ">=")
+    )  # plain ASCII prints everywhere
     return words if len(words) <= 28 else words.split(":")[0]
 
 
@@ -178,7 +182,11 @@ def _totals(plan: Plan, rows: Sequence[Row]) -> list[str]:
     head = ("one step", "plain", "private", "ratio")
     table = _table([dict(zip(head, line, strict=True)) for line in totals], left={"one step"})
     chosen = ", ".join(f"{count} {method.value}" for count, method in zip(counts, Method, strict=True) if count)
-    return [*table, "", f"choices: {chosen or 'none'}"]
+    shared = _at(plan.shared_flops(), plan)
+    saved = (
+        [f"equal Gram matrices are formed once: {human(shared)} flops less than the rows add up to"] if shared else []
+    )
+    return [*table, "", f"choices: {chosen or 'none'}", *saved]
 
 
 def _flip_lines() -> list[str]:
@@ -222,17 +230,20 @@ def human(value: float, unit: str = "") -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """The text with ~ for its middle if longer than `width`. Layer numbers and the last name stay if they fit."""
-    words = text.lstrip(" +|").split(".")
-    mark = text[: len(text) - len(text.lstrip(" +|"))]
-    removable = [i for i, word in enumerate(words[:-1]) if "{" not in word]
+    """The text with ~ for outer names, then within the longest name, if longer than `width`. Layer numbers stay."""
+    words = text.lstrip(PLACES).split(".")
+    mark = text[: len(text) - len(text.lstrip(PLACES))]
+    removable = [i for i, word in enumerate(words[:-2]) if "{" not in word]
     while len(mark) + len(".".join(words)) > width and removable:
-        words[removable.pop((len(removable) - 1) // 2)] = "~"
+        words[removable.pop(0)] = "~"
     short = mark + re.sub(r"~(\.~)+", "~", ".".join(words))
-    if len(short) <= width:
+    excess = len(short) - width
+    if excess <= 0:
         return short
-    tail = (width - 1) * 2 // 3
-    return f"{text[: width - 1 - tail]}~{text[len(text) - tail :]}"
+    longest = max(words, key=len)
+    kept = max(len(longest) - excess - 1, 0)
+    cut = f"{longest[: kept - kept // 2]}~{longest[len(longest) - kept // 2 :]}"
+    return short.replace(longest, cut, 1)[:width]
 
 
 def _table(rows: Sequence[Mapping[str, str]], left: Collection[str] | None = None) -> list[str]:

@@ -60,6 +60,10 @@ class Emitted:
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Emitted:
+        """Nothing in here changes, and no parameter is in here: copies of a module share it."""
+        return self
+
     def __reduce__(self) -> Any:
         return Emitted, tuple(getattr(self, f.name) for f in fields(self) if f.init)
 

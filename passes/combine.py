@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
-from dpcompile.forms import Explicit, Form, explicit, merge, transposed
+from dpcompile.forms import Explicit, Form, explicit, merge, sq_norm, transposed
 from dpcompile.ir import Backward, Chain, Derived, Group, Program, Site, Space, Tracked
 from dpcompile.passes.find_sites import call_of
 from dpcompile.rules.sites import BY_NAME
@@ -83,6 +83,12 @@ class GroupReader:
         given = dict(zip(self.group.params, params, strict=True))
         return [given.get(name, tensor) for name, tensor in zip(self._sources, sources, strict=True)]
 
+    def value_nodes(self) -> list[fx.Node]:
+        return [self._nodes[value.node] for value in self.group.values]
+
+    def params_nodes(self) -> list[fx.Node]:
+        return [self._nodes[name] for name in self.group.params]
+
     def params(self, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         env = dict(zip(self._sources, sources, strict=True))
         return [env[name] for name in self.group.params]
@@ -108,6 +114,24 @@ class GroupReader:
             total if total is not None else first.new_zeros((first.shape[0], *param.shape))
             for total, param in zip(totals, params, strict=True)
         ]
+
+    def pullback_norm(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Squared norm [B] and per-sample gradients of every parameter, from the reader's inputs and sources."""
+        count = len(self.inputs)
+        grads = self.pulled_back(tensors[:count], tensors[count:])
+        total = sq_norm(grads[0])
+        for grad in grads[1:]:
+            total = total + sq_norm(grad)
+        return [total, *grads]
+
+    def plain_backward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Gradients of the parameters from those of the values, as plain training computes them; for flop counts."""
+        count = len(self.group.values)
+        grads, sources = tensors[:count], tensors[count:]
+        with torch.enable_grad():
+            params = [param.detach().requires_grad_() for param in self.params(sources)]
+            values = [self.chain(value, self.with_params(sources, params)) for value in self.group.values]
+        return list(torch.autograd.grad(values, params, grads))
 
     def _through(
         self, value: Derived, grad: torch.Tensor, params: list[torch.Tensor], sources: Sequence[torch.Tensor]

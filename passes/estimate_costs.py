@@ -10,39 +10,35 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
-from dpcompile.ir import Backward, Group, Program, Site, Space, Uses
-from dpcompile.plan import Cost, Costs, GroupCost, Method, Part
+from dpcompile.ir import Backward, Group, Program, Site, Space
+from dpcompile.passes.combine import GroupReader
+from dpcompile.plan import Cost, Costs, GroupCost, Method, Part, Product
 from dpcompile.rules import costs as rules
 from dpcompile.shapes import B, D, G, P, T
+from dpcompile.torch_internals import fake_mode_of, trace
 
 
-def estimate_costs(program: Program, backward: Backward, uses: Uses) -> Costs:
+def estimate_costs(backward: Backward, readers: Sequence[GroupReader]) -> Costs:
     """Costs of every group that has a live site. Flops of the backbone are counted on the traced graph."""
-    nodes = program.nodes()
-    groups = []
-    for group in uses.groups:
-        live = [site for site in group.sites if site.name in backward.sites]
-        if live:
-            itemsize = nodes[live[0].value].meta["val"].element_size()
-            groups.append(GroupCost(group.name, tuple(_parts(group, live, itemsize))))
-    itemsize = max((nodes[p].meta["val"].element_size() for g in uses.groups for p in g.params), default=4)
-    return Costs(tuple(groups), count_flops(backward.program), itemsize)
+    nodes = backward.program.nodes()
+    itemsizes = {i.node: nodes[i.node].meta["val"].element_size() for i in backward.program.inputs if i.trainable}
+    groups = tuple(
+        GroupCost(reader.group.name, tuple(_parts(reader, backward, itemsizes[reader.group.params[0]])))
+        for reader in readers
+    )
+    return Costs(groups, count_flops(backward.program), max(itemsizes.values(), default=4))
 
 
-def _parts(group: Group, sites: Sequence[Site], e: int) -> list[Part]:
+def _parts(reader: GroupReader, backward: Backward, e: int) -> list[Part]:
+    group = reader.group
     kinds: dict[tuple[Any, ...], list[Site]] = {}
-    for site in sites:
+    for site in reader.sites:
         work = site.work
         shape = (work.kind, frozenset((work.p, work.d)), work.G) if work.kind == "outer" else (work.kind, work.p, work.d)
         kinds.setdefault(shape, []).append(site)
-    merged = []
-    for alike in kinds.values():
-        work = alike[0].work
-        positions = sum(site.work.T for site in alike)
-        merged.append((alike, work, positions))
+    merged = [(alike, alike[0].work, sum(site.work.T for site in alike)) for alike in kinds.values()]
     factored = all(work.kind != "explicit" for _, work, _ in merged) and group.space is not Space.PULLBACK
-    spans = {frozenset((work.p, work.d)) for _, work, _ in merged}
-    ghost = factored and len(spans) == 1
+    ghost = factored and len({frozenset((work.p, work.d)) for _, work, _ in merged}) == 1
     parts = []
     for alike, work, positions in merged:
         sizes = {T: positions, D: work.d, P: work.p, G: work.G}
@@ -54,28 +50,97 @@ def _parts(group: Group, sites: Sequence[Site], e: int) -> list[Part]:
             plain, options = rules.explicit(e)
         if not ghost and work.kind != "explicit":
             options = {m: c for m, c in options.items() if m is not Method.GHOST}
-        parts.append(_part(group, alike, work.kind, sizes, plain, options))
+        if parts or group.space is Space.PULLBACK:
+            options = rules.unkept(options, e)
+        shareable = ghost or (work.kind == "explicit" and len(merged) == 1 and group.space is not Space.PULLBACK)
+        products = _products(alike, backward, sizes) if shareable else ()
+        parts.append(_part(group, alike, work.kind, sizes, plain, options, products))
     if ghost and len(merged) == 2:
         (left, work, left_T), (_, _, right_T) = sorted(merged, key=lambda item: item[1].kind)
         plain, options = rules.cross(e, left_T, right_T)
         sizes = {T: left_T * right_T, D: work.d, P: work.p, G: 1}
         parts.append(_part(group, left, "cross", sizes, plain, options))
+    if reader.vmapped:
+        parts.append(_counted(reader, parts, e))
     return parts
 
 
-def _part(group: Group, sites: Sequence[Site], kind: str, sizes: Any, plain: Cost, options: Any) -> Part:
+def _products(sites: Sequence[Site], backward: Backward, sizes: dict[sympy.Symbol, int]) -> tuple[Product, ...]:
+    """Products named by the tensors that they are made from: Gram matrices of both factors, sums of small gradients."""
+    work = sites[0].work
+    grads = tuple(backward.sites[site.name].grad for site in sites)
+    saved = tuple(name for site in sites for name in backward.sites[site.name].saved)
+    if work.kind == "explicit":
+        size = sizes[P] * sizes[D] * sizes[G]
+        return (Product(Method.KEPT, (*saved, *grads, str(size)), 2 * B * size),)
+    if work.kind == "onehot":
+        return (Product(Method.GHOST, (*grads, *(saved if work.marker else ())), 2 * B * sizes[T] ** 2 * work.d),)
+    if sizes[T] == 1:
+        return ()
+    square = 2 * B * sizes[G] * sizes[T] ** 2
+    return (
+        Product(Method.GHOST, grads, square * work.p),
+        Product(Method.GHOST, saved, square * work.d),
+    )
+
+
+def _counted(reader: GroupReader, parts: Sequence[Part], e: int) -> Part:
+    """What vmap adds to a group: the traced norm's flops beyond those of the parts, and the plain chain's."""
+    group, mode = reader.group, fake_mode_of(reader.inputs[0].graph)
+    pullback = group.space is Space.PULLBACK
+    inputs = [*reader.inputs, *reader.sources] if pullback else reader.inputs
+    fn = reader.pullback_norm if pullback else lambda *tensors: [reader.explicit_sum(tensors)]
+    traced = trace(fn, *(node.meta["val"] for node in inputs), mode=mode, vmapped=True).graph
+    own = sum(
+        (part.plain.flops.subs(part.sizes) for part in parts if part.kind == "outer"),
+        sympy.Integer(0),
+    )
+    norm = flops_behind(traced, len(reader.inputs)) - own
+    plain: sympy.Expr = sympy.Integer(0)
+    numel = 0
+    if pullback:
+        values = [node.meta["val"] for node in (*reader.value_nodes(), *reader.sources)]
+        chain = trace(reader.plain_backward, *values, mode=mode).graph
+        plain = flops_behind(chain, len(reader.value_nodes()))
+        numel = sum(node.meta["val"].numel() for node in reader.params_nodes())
+    cost, options = rules.pulled(e, norm, plain, numel)
+    sizes = {T: 1, D: 1, P: max(numel, 1), G: 1}
+    return _part(group, reader.sites, "pullback" if pullback else "vmap", sizes, cost, options)
+
+
+def flops_behind(graph: fx.Graph, count: int) -> sympy.Expr:
+    """Flops of what depends on the first `count` inputs; the rest is forward work that stands elsewhere already."""
+    late = set(graph.find_nodes(op="placeholder")[:count])
+    total: sympy.Expr = sympy.Integer(0)
+    for node in graph.nodes:
+        if late.intersection(node.all_input_nodes):
+            late.add(node)
+            total += flops_of(node)
+    return sympy.expand(total.subs({symbol: B for symbol in total.free_symbols}))
+
+
+def _part(
+    group: Group,
+    sites: Sequence[Site],
+    kind: str,
+    sizes: Any,
+    plain: Cost,
+    options: Any,
+    products: tuple[Product, ...] = (),
+) -> Part:
     modules = list(dict.fromkeys(site.module for site in sites))
     label = modules[0] if len(modules) == 1 else f"{modules[0]} (+{len(modules) - 1})"
-    return Part(group.name, label, sites[0].op, kind, len(sites), sizes, plain, options)
+    return Part(group.name, label, sites[0].op, kind, len(sites), sizes, plain, options, products)
 
 
 def count_flops(program: Program) -> sympy.Expr:
-    """Matmul flops of a graph, in B, by torch's own formulas (torch.utils.flop_counter) on symbolic shapes."""
-    batch = program.batch.node.expr
-    total: sympy.Expr = sympy.Integer(0)
-    for node in program.graph.nodes:
-        total += flops_of(node)
-    return sympy.expand(total.subs({batch: B}))
+    """Matmul flops of a program, in B, by torch's own formulas (torch.utils.flop_counter) on symbolic shapes."""
+    return graph_flops(program.graph)
+
+
+def graph_flops(graph: fx.Graph) -> sympy.Expr:
+    total = sum((flops_of(node) for node in graph.nodes), sympy.Integer(0))
+    return sympy.expand(total.subs({symbol: B for symbol in total.free_symbols}))
 
 
 def flops_of(node: fx.Node) -> sympy.Expr:

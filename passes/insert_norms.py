@@ -35,7 +35,7 @@ def insert_norms(
     for reader in readers:
         method = plan.method(reader.group.name)
         if reader.group.space is Space.PULLBACK:
-            first, *gradients = inline(graph, _pullback_norm(reader), [*reader.inputs, *reader.sources], "norm", vmapped=True)
+            first, *gradients = inline(graph, reader.pullback_norm, [*reader.inputs, *reader.sources], "norm", vmapped=True)
         else:
             first, *gradients = inline(graph, _norm(reader, method), reader.inputs, "norm", vmapped=reader.vmapped)
         totals.append(first)
@@ -99,17 +99,5 @@ def _norm(reader: GroupReader, method: Method):
             return [ghost_sq_norm(forms)]  # type: ignore[arg-type]
         grad = reader.explicit_sum(tensors)
         return [sq_norm(grad)] + ([grad] if method is Method.KEPT else [])
-
-    return norm
-
-
-def _pullback_norm(reader: GroupReader):
-    def norm(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        count = len(reader.inputs)
-        grads = reader.pulled_back(tensors[:count], tensors[count:])
-        total = sq_norm(grads[0])
-        for grad in grads[1:]:
-            total = total + sq_norm(grad)
-        return [total, *grads]
 
     return norm

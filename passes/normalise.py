@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,7 +74,13 @@ def normalise(program: Program) -> Program:
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     graph.lint()
     program.module.recompile()
-    return program
+    results = graph.find_nodes(op="output")[0].args[0]
+    assert isinstance(results, (list, tuple))
+    outputs = tuple(
+        replace(o, node=node.name) if isinstance(node, fx.Node) else o
+        for o, node in zip(program.outputs, results, strict=True)
+    )
+    return replace(program, outputs=outputs)
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node) -> None:

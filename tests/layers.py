@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,7 +49,7 @@ def loss_at(batch_dim: int) -> Loss:
     """A loss for each sample of an output with the batch at `batch_dim`; curved, so that samples differ everywhere."""
 
     def loss(out: Tensor) -> Tensor:
-        flat = out.movedim(batch_dim, 0).flatten(1)
+        flat = out.movedim(batch_dim, 0).reshape(out.shape[batch_dim], math.prod(out.shape) // max(out.shape[batch_dim], 1))
         slope = torch.linspace(-1, 1, flat.shape[1], dtype=flat.dtype) + 0.3
         return (slope * flat + 0.25 * flat.square()).sum(1)
 

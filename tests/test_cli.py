@@ -115,7 +115,7 @@ def test_report_of_an_unsupported_model_is_refused(models: str) -> None:
 
 
 def test_check_names_every_batch_norm_of_a_hugging_face_resnet() -> None:
-    small = ["depths=[1]", "hidden_sizes=[8]", "embedding_size=4", "layer_type='basic'", "image_size=32"]
+    small = ["depths=[1]", "hidden_sizes=[8]", "embedding_size=4", "layer_type='basic'"]
     options = [word for setting in small for word in ("--set", setting)]
     options += ["--input", "pixel_values=float32[2,3,32,32]"]
     result = RUNNER.invoke(app, ["check", "hf:ResNetForImageClassification", *options])

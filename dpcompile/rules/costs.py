@@ -55,6 +55,22 @@ def explicit(e: int) -> tuple[Cost, dict[Method, Cost]]:
     return plain, {Method.GHOST: cost, Method.EXPLICIT: cost, Method.KEPT: cost}
 
 
+def pulled(e: int, norm: sympy.Expr, plain: sympy.Expr, numel: int) -> tuple[Cost, dict[Method, Cost]]:
+    """Carrying per-sample gradients through what computes a value: flops counted on the traced functions, in B."""
+    cost = Cost(norm + 2 * B * numel, e * 5 * B * numel, e * B * numel, e * B * numel)
+    return Cost(plain, e * numel * sympy.Integer(1), ZERO, ZERO), {Method.EXPLICIT: cost, Method.KEPT: cost}
+
+
+def unkept(options: dict[Method, Cost], e: int) -> dict[Method, Cost]:
+    """Options of a further part of a group: kept gradients of all parts are one tensor, summed once."""
+    kept = B * G * P * D
+    changed = {
+        m: Cost(c.flops - 2 * kept, c.bytes - e * 3 * kept, c.transient, ZERO) if m is Method.KEPT else c
+        for m, c in options.items()
+    }
+    return changed
+
+
 def cross(e: int, T_left: int, T_right: int) -> tuple[Cost, dict[Method, Cost]]:
     """Look-up at T_left positions with a product at T_right positions, both on one table."""
     pairs = B * T_left * T_right

@@ -72,6 +72,7 @@ class Work:
     d: int  # columns
     p: int  # rows
     G: int = 1
+    marker: str = ""  # for a look-up: which row gets no gradient
 
 
 class SiteRule(Protocol):

@@ -1,0 +1,106 @@
+"""Affine values of normalisation layers, with and without bias; batch norm in eval mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layers import Apply, check_module, folded_loss, loss_at
+from torch import nn
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(
+    lead=st.lists(st.integers(1, 3), max_size=2), shape=st.lists(st.integers(2, 3), min_size=1, max_size=2),
+    bias=st.booleans(),
+)
+def test_layer_norm_over_any_dimensions(lead: list[int], shape: list[int], bias: bool) -> None:
+    found = check_module(nn.LayerNorm(shape, bias=bias), torch.randn(3, *lead, *shape))
+    assert set(found.rules.values()) == {"layer-norm"}
+
+
+LAYERS = {
+    "group norm": (nn.GroupNorm(2, 4), (4, 3, 2)),
+    "group norm of vectors": (nn.GroupNorm(2, 6), (6,)),
+    "instance norm 1d": (nn.InstanceNorm1d(3, affine=True), (3, 5)),
+    "instance norm 2d": (nn.InstanceNorm2d(3, affine=True), (3, 4, 2)),
+    "instance norm 3d": (nn.InstanceNorm3d(2, affine=True), (2, 3, 2, 2)),
+    "rms norm": (nn.RMSNorm(4), (3, 4)),
+    "rms norm over two dimensions": (nn.RMSNorm((2, 4), eps=1e-3), (3, 2, 4)),
+    "local response norm behind a scale": (Apply(lambda m, x: nn.functional.local_response_norm(x * m.w, 2), w=(4, 1)), (4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_affine_normalisation(name: str) -> None:
+    module, shape = LAYERS[name]
+    found = check_module(module, torch.randn(3, *shape))
+    assert "fallback" not in found.rules.values()
+
+
+@pytest.mark.parametrize("affine", ["weight", "bias"])
+def test_group_norm_with_one_of_both_trainable(affine: str) -> None:
+    module = nn.Sequential(nn.Conv1d(2, 4, 2), nn.GroupNorm(2, 4))
+    module[1].get_parameter(affine).requires_grad_(False)
+    check_module(module, torch.randn(3, 2, 4))
+
+
+@pytest.mark.parametrize("affine", ["weight", "bias"])
+def test_layer_norm_with_one_of_both_trainable(affine: str) -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    module[1].get_parameter(affine).requires_grad_(False)
+    check_module(module, torch.randn(3, 2, 3))
+
+
+class EvalBatchNorm(nn.Module):
+    """Batch norm that stays in eval mode when the model trains, as for fine-tuning."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        generator = torch.Generator().manual_seed(0)
+        for name, buffer in norm.named_buffers():
+            if name.startswith("running"):
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+
+    def train(self, mode: bool = True) -> EvalBatchNorm:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [(nn.BatchNorm1d(3), (3,)), (nn.BatchNorm1d(3), (3, 4)), (nn.BatchNorm2d(2), (2, 3, 3)), (nn.BatchNorm3d(2, affine=False), (2, 2, 2, 2))],
+)
+def test_batch_norm_in_eval_mode(norm: nn.Module, shape: tuple[int, ...]) -> None:
+    front = nn.Conv1d(shape[0], shape[0], 1) if len(shape) == 2 else nn.Identity()
+    module = nn.Sequential(front, EvalBatchNorm(norm).train(), Apply(lambda m, x: x * m.scale, scale=(1,)))
+    check_module(module, torch.randn(3, *shape))
+
+
+def test_layer_norm_of_folded_rows() -> None:
+    module = Apply(lambda m, x: m.norm(x.flatten(0, 1)), modules={"norm": nn.LayerNorm(4)})
+    check_module(module, torch.randn(3, 5, 4), loss=folded_loss(5))
+
+
+def test_group_norm_of_folded_frames() -> None:
+    module = Apply(lambda m, x: m.norm(x.flatten(0, 1)), modules={"norm": nn.GroupNorm(2, 4)})
+    check_module(module, torch.randn(3, 2, 4, 3), loss=folded_loss(2))
+
+
+def test_layer_norm_with_the_batch_at_dim_one() -> None:
+    check_module(nn.LayerNorm(4), torch.randn(2, 3, 4), batched={"input": 1}, loss=loss_at(1))
+
+
+def test_weight_shifted_by_one() -> None:
+    """Gemma's RMSNorm multiplies by 1 + weight."""
+
+    def run(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1.0 + m.w)
+
+    check_module(Apply(run, w=(4,)), torch.randn(3, 2, 4))
