@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,7 +68,14 @@ def dpcompile(
         ValueError: an argument out of its range.
     """
     _check_arguments(model, max_grad_norm, norm_method, loss_reduction, loss_fn, sample_targets)
-    analysis = analyse(model, sample_input, batched=batched, loss_fn=loss_fn, sample_targets=sample_targets, loss_reduction=loss_reduction)
+    analysis = analyse(
+        model,
+        sample_input,
+        batched=batched,
+        loss_fn=loss_fn,
+        sample_targets=sample_targets,
+        loss_reduction=loss_reduction,
+    )
     plan = analysis.plan(norm_method)
     emitted = analysis.emit(plan, mean=loss_reduction == "mean")
     return DPModule(model, emitted, max_grad_norm)
@@ -88,7 +95,7 @@ class Analysis:
     trainable: tuple[str, ...]
 
     def plan(self, policy: str = "auto", *, device: DeviceSpec | None = None, batch_size: int | None = None) -> Plan:
-        costs = estimate_costs(self.backward, self.readers())
+        costs = estimate_costs(self.backward, self._readers(self.backward))
         return choose_norms(
             self.program,
             self.uses,
@@ -98,16 +105,17 @@ class Analysis:
             batch_size=batch_size or max(self.call.batch_size, 1),
         )
 
-    def readers(self) -> list[GroupReader]:
+    def _readers(self, backward: Backward) -> list[GroupReader]:
         """One for each group that some output depends on."""
-        readers = [GroupReader(group, self.program, self.tracked, self.backward) for group in self.uses.groups]
+        readers = [GroupReader(group, self.program, self.tracked, backward) for group in self.uses.groups]
         return [reader for reader in readers if reader.sites]
 
     def emit(self, plan: Plan, *, mean: bool) -> Emitted:
         """The emitted graphs: norms, clip factors and clipped sums written behind the traced backward."""
-        readers = self.readers()
+        backward = replace(self.backward, program=self.backward.program.copy())
+        readers = self._readers(backward)
         scale = loss_scale(self.program, self.tracked) if self.fused else ("mean" if mean else "sum")
-        normed = insert_norms(self.backward.program, readers, plan, mean=scale == "mean", fused=self.fused)
+        normed = insert_norms(backward.program, readers, plan, mean=scale == "mean", fused=self.fused)
         verify(normed.program, "insert-norms")
         program = verify(tidy(reweight_gradients(normed, readers, plan)), "reweight-gradients")
         if self.fused:

@@ -116,7 +116,7 @@ def _check_leaf(leaf: LeafSpec, value: Any) -> None:
     if not isinstance(value, torch.Tensor):
         raise CaptureError(f"call: `{leaf.name}` must be a tensor, got {type(value).__name__}.")
     fits = value.dim() == len(leaf.shape) and all(
-        have == want for i, (have, want) in enumerate(zip(value.shape, leaf.shape)) if i != leaf.batch_dim
+        have == want for i, (have, want) in enumerate(zip(value.shape, leaf.shape, strict=False)) if i != leaf.batch_dim
     )
     if not fits:
         want = ["B" if i == leaf.batch_dim else str(size) for i, size in enumerate(leaf.shape)]
@@ -158,9 +158,7 @@ def bind_sample(model: nn.Module, sample_input: Any, batched: Any, targets: Any 
             "batch; say otherwise with batched=, for example batched={'mask': None}."
         )
     tensors = [value for _, value in flat_with_paths if isinstance(value, torch.Tensor)]
-    return CallSpec(
-        parameters, names, positional, spec, tuple(leaves), next(iter(sizes.values())), tensors[0].device
-    )
+    return CallSpec(parameters, names, positional, spec, tuple(leaves), next(iter(sizes.values())), tensors[0].device)
 
 
 def _arguments(model: nn.Module, sample_input: Any) -> tuple[tuple[str, ...], dict[str, Any]]:

@@ -103,7 +103,8 @@ def _to_shape(blocks: torch.Tensor, form: Outer | OneHot, *, batched: bool) -> t
 
 def sq_norm(grad: torch.Tensor) -> torch.Tensor:
     """[B] squared norms of explicit gradients. `square().sum()`: vector_norm is too small on large CPU tensors."""
-    return _accurate(grad).square().flatten(1).sum(1)
+    squares = _accurate(grad).square()
+    return squares.flatten(1).sum(1) if grad.dim() > 1 else squares
 
 
 def _accurate(tensor: torch.Tensor) -> torch.Tensor:
@@ -115,12 +116,15 @@ def _accurate(tensor: torch.Tensor) -> torch.Tensor:
 
 def ghost_sq_norm(forms: Sequence[Outer | OneHot]) -> torch.Tensor:
     """[B] squared norm of the sum of all forms, none of them made explicit: sum_kl <G_k, G_l>."""
-    forms = merge(forms)
-    total = inner(forms[0], forms[0])
-    for k, left in enumerate(forms):
+    factored: list[Outer | OneHot] = []
+    for form in merge(forms):
+        assert not isinstance(form, Explicit), "explicit gradients have no ghost norm"
+        factored.append(form)
+    total = inner(factored[0], factored[0])
+    for k, left in enumerate(factored):
         if k:
             total = total + inner(left, left)
-        for right in forms[k + 1 :]:
+        for right in factored[k + 1 :]:
             total = total + 2 * inner(left, right)
     return total.clamp(min=0)  # a sum of squares; rounding of cancelling positions can leave it below zero
 
@@ -176,9 +180,11 @@ def inner(left: Outer | OneHot, right: Outer | OneHot) -> torch.Tensor:
         return (_accurate(explicit(left)) * _accurate(explicit(right))).flatten(1).sum(1)
     if isinstance(left, Outer) and isinstance(right, Outer):
         if left is right and left.rows_BGTp.shape[2] == 1:
-            return (sq_norm(left.rows_BGTp.flatten(0, 1)) * sq_norm(left.cols_BGTd.flatten(0, 1))).unflatten(
-                0, left.rows_BGTp.shape[:2]
-            ).sum(1)
+            return (
+                (sq_norm(left.rows_BGTp.flatten(0, 1)) * sq_norm(left.cols_BGTd.flatten(0, 1)))
+                .unflatten(0, left.rows_BGTp.shape[:2])
+                .sum(1)
+            )
         other = right if right.row_dims == left.row_dims else _swapped(right)
         rows = _gram(left.rows_BGTp.flatten(0, 1), other.rows_BGTp.flatten(0, 1))
         cols = _gram(left.cols_BGTd.flatten(0, 1), other.cols_BGTd.flatten(0, 1))
@@ -227,5 +233,6 @@ def weighted_sum(form: Form, weight_B: torch.Tensor) -> torch.Tensor:
 
 def weighted_sum_kept(grad: torch.Tensor, weight_B: torch.Tensor) -> torch.Tensor:
     """sum_i weight_i G_i from per-sample gradients that were kept: 2 B p d flops."""
-    total = weight_B.to(grad.dtype).unsqueeze(0) @ grad.flatten(1)
+    flat = grad.flatten(1) if grad.dim() > 1 else grad.unsqueeze(1)
+    total = weight_B.to(grad.dtype).unsqueeze(0) @ flat
     return total.reshape(grad.shape[1:])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from dpcompile.torch_internals import fake_mode_of, trace
-
 
 PHASE = "dpcompile.phase"  # node.meta key: which rewrite a node comes from, "" for the traced backbone
 
@@ -36,7 +35,7 @@ def inline(
         if node.op == "placeholder":
             continue
         if node.op == "output":
-            return [fx.node.map_arg(item, env.__getitem__) for item in node.args[0]]
+            return [map_arg(item, env.__getitem__) for item in node.args[0]]
         with graph.inserting_after(at):
             copy = graph.node_copy(node, env.__getitem__)
         copy.meta[PHASE] = phase
@@ -57,5 +56,3 @@ def carry_origin(source: fx.Node, targets: Sequence[fx.Node]) -> None:
         for key in ("nn_module_stack", "stack_trace"):
             if key in source.meta:
                 node.meta[key] = source.meta[key]
-
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -71,6 +71,12 @@ class Program:
     @property
     def graph(self) -> fx.Graph:
         return self.module.graph
+
+    def copy(self) -> Program:
+        """The same program on a graph of its own; nodes keep their names and meta."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        return replace(self, module=fx.GraphModule(self.module, graph))
 
     def node(self, name: str) -> fx.Node:
         return next(node for node in self.graph.nodes if node.name == name)

@@ -10,7 +10,7 @@ from typing import Any
 import sympy
 
 from dpcompile.device import DeviceSpec
-from dpcompile.shapes import B, D, G, P, T
+from dpcompile.shapes import B, D, G, P, T, at
 
 
 class Method(Enum):
@@ -29,7 +29,7 @@ class Cost:
     held: sympy.Expr  # bytes alive from the norm until the clip factors are known
 
     def at(self, sizes: Mapping[sympy.Symbol, int]) -> Cost:
-        return Cost(*(sympy.sympify(e).subs(sizes) for e in (self.flops, self.bytes, self.transient, self.held)))
+        return Cost(*(at(e, sizes) for e in (self.flops, self.bytes, self.transient, self.held)))
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Plan:
     def flops(self) -> sympy.Expr:
         """All matmul flops of one private step, in B: what FlopCounterMode counts on the emitted graphs."""
         chosen = [(part, self.method(group.name)) for group in self.costs.groups for part in group.parts]
-        total = self.costs.backbone_flops + sum(part.options[m].flops.subs(part.sizes) for part, m in chosen)
+        total = self.costs.backbone_flops + sum(at(part.options[m].flops, part.sizes) for part, m in chosen)
         return sympy.expand(total - self.shared_flops())
 
     def shared_flops(self) -> sympy.Expr:
@@ -119,14 +119,14 @@ class Plan:
         """The same for plain training: backbone and one contraction for each use."""
         return sympy.expand(
             self.costs.backbone_flops
-            + sum(part.plain.flops.subs(part.sizes) for group in self.costs.groups for part in group.parts)
+            + sum(at(part.plain.flops, part.sizes) for group in self.costs.groups for part in group.parts)
         )
 
     def held_bytes(self) -> sympy.Expr:
         return sympy.expand(
             sum(
                 (
-                    part.options[self.method(group.name)].held.subs(part.sizes)
+                    at(part.options[self.method(group.name)].held, part.sizes)
                     for group in self.costs.groups
                     for part in group.parts
                 ),

@@ -25,10 +25,11 @@ def recorded(handle: int) -> torch.Tensor | None:
 
 def write(handle: int, norms: torch.Tensor) -> None:
     """Keep the norms of one backward. ~handle stands for an empty batch, which ran as one padded sample."""
+    kept = norms.detach().clone()  # a compiler reuses the memory of what it handed over
     if handle < 0:
-        _norms[~handle] = norms.detach()[:0]
+        _norms[~handle] = kept[:0]
     else:
-        _norms[handle] = norms.detach()
+        _norms[handle] = kept
 
 
 def forget(handle: int) -> None:

@@ -152,7 +152,9 @@ class DPModule(nn.Module):
         emitted = self._emitted
         assert emitted.backward is not None
         primals = self._primals(emitted.forward, leaves)
-        flat = _PrivateFunction.apply(emitted, self._bound_tensor(primals), ~self._handle if empty else self._handle, *primals)
+        flat = _PrivateFunction.apply(
+            emitted, self._bound_tensor(primals), ~self._handle if empty else self._handle, *primals
+        )
         flat = self._write_buffers(flat)
         if empty:
             flat = [value[:0] if isinstance(value, torch.Tensor) and value.dim() else value for value in flat]
@@ -297,6 +299,8 @@ class _PrivateFunction(torch.autograd.Function):
             boxed = [*saved, *tangents, bound, ctx.handle]
             del saved, tangents, grads
             results = emitted.boxed_backward(boxed)
+        if ctx.handle < 0:  # an empty batch: its stand-in sample may have a gradient that is not finite
+            results = [torch.zeros_like(value) for value in results]
         return (None, None, None, *[None if at is None else results[at] for at in emitted.gradients])
 
 

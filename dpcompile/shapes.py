@@ -15,12 +15,19 @@ Tensors carry their shape in their name: `rows_BGTp`, `sq_norm_B`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import sympy
 import torch
 
 from dpcompile.ir import Axis
 
 B, T, D, P, G = (sympy.Symbol(letter, integer=True, positive=True) for letter in ("B", "T", "d", "p", "G"))
+
+
+def at(expression: sympy.Expr, sizes: Mapping[sympy.Symbol, int]) -> sympy.Expr:
+    """The expression with sizes put in."""
+    return sympy.sympify(expression).subs(list(sizes.items()))
 
 
 def unfold_batch(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch._decomp import decomposition_table  # no public table holds the RNN decompositions
 from torch._dispatch.python import enable_python_dispatcher  # symbolic shapes need it inside make_fx
+from torch._ops import OperatorBase  # the key type of decomposition tables
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -23,10 +24,12 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph import _BoxedCodeGen  # no public code generator frees its inputs
 from torch.utils._pytree import tree_map_only
 
+from dpcompile.errors import NoRuleError
+
 aten = torch.ops.aten
 
 # Recurrent kernels are one opaque op each; torch's own decompositions turn them into linear and pointwise ops.
-DECOMPOSITIONS = {
+DECOMPOSITIONS: dict[OperatorBase, Callable[..., Any]] = {
     op: decomposition_table[op] for op in (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 }
 
@@ -41,7 +44,7 @@ def symbolic_batch() -> Iterator[None]:
     """
     broken = decomposition_table.pop(aten.nll_loss.default, None)
     try:
-        with fx_config.patch(backed_size_oblivious=True):
+        with fx_config.patch(backed_size_oblivious=True):  # pyright: ignore[reportAttributeAccessIssue]
             yield
     finally:
         if broken is not None:
@@ -72,9 +75,16 @@ def trace(
         with mode:
             module = make_fx(fn, decomposition_table=table, tracing_mode="real")(*values)
             if any(_mutates(node) for node in module.graph.nodes):
-                # torch writes some ops (circular padding) as copies into an empty tensor: a second trace makes them pure
+                # some ops (circular padding) are copies into an empty tensor: a second trace makes them pure
                 module = make_fx(torch.func.functionalize(module), tracing_mode="real")(*values)
     return module
+
+
+def fake_value(node: torch.fx.Node) -> Any:
+    """What a node gives, from the fake values of its arguments."""
+    args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    with symbolic_batch(), enable_python_dispatcher(), fake_mode_of(node.graph):
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _mutates(node: torch.fx.Node) -> bool:
@@ -92,10 +102,13 @@ def _trace_vmapped(fn: Callable[..., Any], values: Sequence[Any]) -> torch.fx.Gr
     alone = FakeTensorMode()
     with alone:
         concrete = [
-            torch.empty([_number(s) for s in v.shape], dtype=v.dtype, device=v.device) if isinstance(v, torch.Tensor) else v
+            torch.empty([_number(s) for s in v.shape], dtype=v.dtype, device=v.device)
+            if isinstance(v, torch.Tensor)
+            else v
             for v in values
         ]
-        module = make_fx(fn, tracing_mode="real")(*concrete)
+        with without_vmap_loops():
+            module = make_fx(fn, tracing_mode="real")(*concrete)
     source, dim, hint = _batch_of(values)
     graph = module.graph
     placeholders = graph.find_nodes(op="placeholder")
@@ -120,6 +133,26 @@ def _trace_vmapped(fn: Callable[..., Any], values: Sequence[Any]) -> torch.fx.Gr
     return module
 
 
+@contextlib.contextmanager
+def without_vmap_loops() -> Iterator[None]:
+    """An op that vmap has no rule for is an error, not a loop over the samples, which would fix the batch size."""
+    internals = torch._C._functorch
+    before = internals._is_vmap_fallback_enabled()
+    internals._set_vmap_fallback_enabled(False)
+    try:
+        yield
+    except RuntimeError as error:
+        name = str(error).partition(" hit the vmap fallback")
+        if not name[1]:
+            raise
+        raise NoRuleError(
+            f"find-sites: a per-sample gradient needs torch.func.vmap, which has no rule for `{name[0]}`. Write the "
+            "model with linear, conv, embedding or pointwise ops there, or add a rule in dpcompile/rules/sites/."
+        ) from error
+    finally:
+        internals._set_vmap_fallback_enabled(before)
+
+
 def _number(size: int | torch.SymInt) -> int:
     return size.node.hint if isinstance(size, torch.SymInt) else size
 
@@ -134,7 +167,7 @@ def _batch_of(values: Sequence[Any]) -> tuple[int, int, int]:
 
 
 def boxed(module: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
-    """The module's graph as a function of one list, which it empties: a caller's argument tuple would keep all alive."""
+    """The graph as a function of one list, which it empties: a caller's argument tuple would keep all alive."""
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     graph.set_codegen(_BoxedCodeGen())

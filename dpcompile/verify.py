@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from dpcompile.errors import InvalidGraphError
 from dpcompile.ir import Program
 

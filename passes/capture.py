@@ -16,8 +16,10 @@ from torch.export.graph_signature import OutputKind as ExportOutputKind
 from torch.utils import _pytree as pytree
 
 from dpcompile.calls import CallSpec
+from dpcompile.cells import CELLS
 from dpcompile.errors import CaptureError
 from dpcompile.ir import Input, InputKind, Output, OutputKind, Program
+from dpcompile.origin import origin
 from dpcompile.torch_internals import DECOMPOSITIONS, symbolic_batch
 
 aten = torch.ops.aten
@@ -98,7 +100,7 @@ def capture(
             exported = torch.export.export(root, sample, dynamic_shapes=(dynamic,), strict=False)
             _keep_no_grad_regions(exported.graph_module)
             _inline_empty_literals(exported.graph_module)
-            exported = exported.run_decompositions(dict(DECOMPOSITIONS))
+            exported = exported.run_decompositions({**DECOMPOSITIONS, **CELLS})
     except CaptureError:
         raise
     except Exception as error:
@@ -145,7 +147,7 @@ def _register_known_outputs() -> None:
 
 
 def _keep_no_grad_regions(module: fx.GraphModule) -> None:
-    """Detach what leaves a `torch.no_grad()` region: decomposition inlines the region and forgets that it had no grad."""
+    """Detach what leaves a `torch.no_grad()` region: decomposition inlines the region and forgets that it had none."""
     for graph_module in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:
         for node in graph_module.graph.find_nodes(
             op="call_function", target=torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -192,7 +194,9 @@ def _program_of(exported: torch.export.ExportedProgram, model: nn.Module, call: 
             inputs.append(Input(node.name, InputKind.BUFFER, target))
         elif kind == "CONSTANT_TENSOR":
             inputs.append(Input(node.name, InputKind.CONSTANT, spec.target or ""))
-            constants[spec.target or ""] = exported.constants[spec.target or ""]
+            constant = exported.constants[spec.target or ""]
+            assert isinstance(constant, torch.Tensor)
+            constants[spec.target or ""] = constant
         else:
             leaf = next(leaves)
             inputs.append(Input(node.name, InputKind.USER, leaf.name, batch_dim=leaf.batch_dim))
@@ -206,16 +210,25 @@ def _program_of(exported: torch.export.ExportedProgram, model: nn.Module, call: 
             outputs.append(Output(node_name, OutputKind.USER, literal=literal))
         else:
             raise CaptureError(
-                f"capture: {type(model).__name__} writes to {spec.target!r} ({spec.kind.name.lower()}) in its forward. "
+                _renormalised(exported.graph)
+                or f"capture: {type(model).__name__} writes to {spec.target!r} ({spec.kind.name.lower()}) in its forward. "
                 "Return the value instead of writing it in place."
             )
     inputs = _merge_aliases(exported.graph, inputs, {name: id(p) for name, p in named.items()}, model)
     return Program(exported.graph_module, tuple(inputs), tuple(outputs), _batch_symbol(exported, inputs), constants)
 
 
-def _merge_aliases(
-    graph: fx.Graph, inputs: list[Input], identity: dict[str, int], model: nn.Module
-) -> list[Input]:
+def _renormalised(graph: fx.Graph) -> str | None:
+    """An embedding with max_norm writes to its table."""
+    for node in graph.find_nodes(op="call_function", target=aten.embedding_renorm.default):
+        return (
+            f"capture: `{origin(node).module}` has max_norm={node.args[2]}: its table is changed in the forward by which "
+            "rows the batch reads. Set max_norm=None."
+        )
+    return None
+
+
+def _merge_aliases(graph: fx.Graph, inputs: list[Input], identity: dict[str, int], model: nn.Module) -> list[Input]:
     """One placeholder for each parameter object, under its first name, however many names a tied weight has."""
     first_name = {id(p): name for name, p in model.named_parameters()}
     nodes = {node.name: node for node in graph.find_nodes(op="placeholder")}

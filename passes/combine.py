@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from dpcompile.forms import Explicit, Form, explicit, merge, sq_norm, transposed
 from dpcompile.ir import Backward, Chain, Derived, Group, Program, Site, Space, Tracked
 from dpcompile.passes.find_sites import call_of
 from dpcompile.rules.sites import BY_NAME
+from dpcompile.rules.sites.fallback import Fallback
 from dpcompile.torch_internals import fake_mode_of, trace
 
 
@@ -23,6 +25,7 @@ class GroupReader:
         self.group = group
         self.sites: list[Site] = [site for site in group.sites if site.name in backward.sites]
         self._nodes = nodes
+        self._tracked = tracked
         self._values = {value.node: value for value in group.values}
         self._forms: list[Callable[..., Form]] = []
         self._counts: list[int] = []
@@ -74,7 +77,7 @@ class GroupReader:
         env = dict(zip(self._sources, sources, strict=True))
         for name in value.body:
             node = self._nodes[name]
-            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: env[n.name])
+            args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: env[n.name])
             env[name] = node.target(*args, **kwargs)  # type: ignore[operator]
         return env[value.node]
 
@@ -124,6 +127,18 @@ class GroupReader:
             total = total + sq_norm(grad)
         return [total, *grads]
 
+    def plain_sites(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Gradients of the values at vmapped sites as plain training computes them; for flop counts."""
+        found: list[torch.Tensor] = []
+        at = 0
+        for site, count in zip(self.sites, self._counts, strict=True):
+            rule = BY_NAME[site.rule]
+            if isinstance(rule, Fallback):
+                call = call_of(self._nodes[site.node], self._tracked)
+                found.append(rule.plain(call, site.slot)(*tensors[at : at + count]))
+            at += count
+        return found
+
     def plain_backward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Gradients of the parameters from those of the values, as plain training computes them; for flop counts."""
         count = len(self.group.values)
@@ -151,11 +166,9 @@ class GroupReader:
         def h(*given: torch.Tensor) -> torch.Tensor:
             return self._simple[value.node](*self.with_params(sources, self._replaced(params, value, list(given))))
 
-        _, vjp = torch.func.vjp(h, *own)
+        vjp = torch.func.vjp(h, *own)[1]
         return list(torch.func.vmap(vjp)(grad))
 
-    def _replaced(
-        self, params: list[torch.Tensor], value: Derived, given: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
+    def _replaced(self, params: list[torch.Tensor], value: Derived, given: list[torch.Tensor]) -> list[torch.Tensor]:
         new = dict(zip(value.params, given, strict=True))
         return [new.get(name, old) for name, old in zip(self.group.params, params, strict=True)]

@@ -8,13 +8,14 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry
 
 from dpcompile.ir import Backward, Group, Program, Site, Space
 from dpcompile.passes.combine import GroupReader
 from dpcompile.plan import Cost, Costs, GroupCost, Method, Part, Product
 from dpcompile.rules import costs as rules
-from dpcompile.shapes import B, D, G, P, T
+from dpcompile.shapes import B, D, G, P, T, at
 from dpcompile.torch_internals import fake_mode_of, trace
 
 
@@ -34,7 +35,9 @@ def _parts(reader: GroupReader, backward: Backward, e: int) -> list[Part]:
     kinds: dict[tuple[Any, ...], list[Site]] = {}
     for site in reader.sites:
         work = site.work
-        shape = (work.kind, frozenset((work.p, work.d)), work.G) if work.kind == "outer" else (work.kind, work.p, work.d)
+        shape = (
+            (work.kind, frozenset((work.p, work.d)), work.G) if work.kind == "outer" else (work.kind, work.p, work.d)
+        )
         kinds.setdefault(shape, []).append(site)
     merged = [(alike, alike[0].work, sum(site.work.T for site in alike)) for alike in kinds.values()]
     factored = all(work.kind != "explicit" for _, work, _ in merged) and group.space is not Space.PULLBACK
@@ -52,6 +55,8 @@ def _parts(reader: GroupReader, backward: Backward, e: int) -> list[Part]:
             options = {m: c for m, c in options.items() if m is not Method.GHOST}
         if parts or group.space is Space.PULLBACK:
             options = rules.unkept(options, e)
+        if group.space is Space.PULLBACK:  # gradients of the parameters are always kept there
+            options = {Method.KEPT: options[Method.KEPT]}
         shareable = ghost or (work.kind == "explicit" and len(merged) == 1 and group.space is not Space.PULLBACK)
         products = _products(alike, backward, sizes) if shareable else ()
         parts.append(_part(group, alike, work.kind, sizes, plain, options, products))
@@ -91,8 +96,9 @@ def _counted(reader: GroupReader, parts: Sequence[Part], e: int) -> Part:
     inputs = [*reader.inputs, *reader.sources] if pullback else reader.inputs
     fn = reader.pullback_norm if pullback else lambda *tensors: [reader.explicit_sum(tensors)]
     traced = trace(fn, *(node.meta["val"] for node in inputs), mode=mode, vmapped=True).graph
+    traced.eliminate_dead_code()  # as inlining does
     own = sum(
-        (part.plain.flops.subs(part.sizes) for part in parts if part.kind == "outer"),
+        (at(part.plain.flops, part.sizes) for part in parts if part.kind == "outer"),
         sympy.Integer(0),
     )
     norm = flops_behind(traced, len(reader.inputs)) - own
@@ -103,9 +109,19 @@ def _counted(reader: GroupReader, parts: Sequence[Part], e: int) -> Part:
         chain = trace(reader.plain_backward, *values, mode=mode).graph
         plain = flops_behind(chain, len(reader.value_nodes()))
         numel = sum(node.meta["val"].numel() for node in reader.params_nodes())
+    plain += _plain_flops(reader)
     cost, options = rules.pulled(e, norm, plain, numel)
     sizes = {T: 1, D: 1, P: max(numel, 1), G: 1}
     return _part(group, reader.sites, "pullback" if pullback else "vmap", sizes, cost, options)
+
+
+def _plain_flops(reader: GroupReader) -> sympy.Expr:
+    """Flops of plain parameter gradients at the sites that vmap handles."""
+    graph = trace(
+        reader.plain_sites, *(node.meta["val"] for node in reader.inputs), mode=fake_mode_of(reader.inputs[0].graph)
+    ).graph
+    graph.eliminate_dead_code()
+    return flops_behind(graph, len(reader.inputs))
 
 
 def flops_behind(graph: fx.Graph, count: int) -> sympy.Expr:
@@ -116,7 +132,7 @@ def flops_behind(graph: fx.Graph, count: int) -> sympy.Expr:
         if late.intersection(node.all_input_nodes):
             late.add(node)
             total += flops_of(node)
-    return sympy.expand(total.subs({symbol: B for symbol in total.free_symbols}))
+    return sympy.expand(total.subs(dict.fromkeys(total.free_symbols, B)))
 
 
 def _part(
@@ -140,13 +156,13 @@ def count_flops(program: Program) -> sympy.Expr:
 
 def graph_flops(graph: fx.Graph) -> sympy.Expr:
     total = sum((flops_of(node) for node in graph.nodes), sympy.Integer(0))
-    return sympy.expand(total.subs({symbol: B for symbol in total.free_symbols}))
+    return sympy.expand(total.subs(dict.fromkeys(total.free_symbols, B)))
 
 
 def flops_of(node: fx.Node) -> sympy.Expr:
     packet = getattr(node.target, "overloadpacket", None)
     if node.op != "call_function" or packet not in flop_registry:
         return sympy.Integer(0)
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
     count = flop_registry[packet](*args, **kwargs, out_val=node.meta["val"])
     return count.node.expr if isinstance(count, torch.SymInt) else sympy.sympify(count)

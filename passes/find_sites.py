@@ -7,11 +7,13 @@ projections and low-rank factors are its connected components.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import networkx as nx
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from dpcompile.errors import Finding, refusal
 from dpcompile.ir import (
@@ -187,7 +189,7 @@ def _chain(value: fx.Node, body: dict[fx.Node, None], params: dict[fx.Node, None
     return Chain.GENERAL, ()
 
 
-def _components(graph: nx.DiGraph, placeholders: dict[str, object]) -> list[set[tuple[str, str]]]:
+def _components(graph: nx.DiGraph, placeholders: Iterable[str]) -> list[set[tuple[str, str]]]:
     """Connected components, in the order of their first parameter."""
     order = {name: i for i, name in enumerate(placeholders)}
     parts = [set(part) for part in nx.weakly_connected_components(graph)]
@@ -231,9 +233,10 @@ def distinct(program: Program, values: tuple[Derived, ...]) -> bool:
     param = nodes[values[0].params[0]].meta["val"]
     if any(not isinstance(size, int) for size in param.shape) or param.numel() > _LARGEST_INDEX_MAP:
         return False
+    literals = {i.node: program.constants[i.target] for i in program.inputs if i.kind is InputKind.CONSTANT}
     seen = torch.zeros(param.numel(), dtype=torch.bool)
     for value in values:
-        index = _index_map(nodes, value)
+        index = _index_map(nodes, value, literals)
         if index is None:
             return False
         flat = index.flatten()
@@ -243,10 +246,12 @@ def distinct(program: Program, values: tuple[Derived, ...]) -> bool:
     return True
 
 
-def _index_map(nodes: dict[str, fx.Node], value: Derived) -> torch.Tensor | None:
-    known: dict[fx.Node, object] = {}
+def _index_map(
+    nodes: dict[str, fx.Node], value: Derived, literals: Mapping[str, torch.Tensor]
+) -> torch.Tensor | None:
+    known: dict[fx.Node, Any] = {nodes[name]: tensor.cpu() for name, tensor in literals.items()}
 
-    def literal(node: fx.Node) -> object:
+    def literal(node: fx.Node) -> Any:
         if node in known:
             return known[node]
         if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
@@ -254,7 +259,7 @@ def _index_map(nodes: dict[str, fx.Node], value: Derived) -> torch.Tensor | None
         value_ = node.meta.get("val")
         if isinstance(value_, torch.Tensor) and any(not isinstance(size, int) for size in value_.shape):
             raise _NotLiteralError
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), literal)
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), literal)
         kwargs = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}
         known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return known[node]

@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 from dpcompile import records  # registers the op that carries norms out of a compiled backward
-
 from dpcompile.forms import Explicit, ghost_sq_norm, sq_norm
 from dpcompile.inline import inline
 from dpcompile.ir import Input, InputKind, Normed, Program, Space
@@ -18,9 +17,7 @@ from dpcompile.plan import Method, Plan
 from dpcompile.torch_internals import fake_mode_of
 
 
-def insert_norms(
-    program: Program, readers: Sequence[GroupReader], plan: Plan, *, mean: bool, fused: bool
-) -> Normed:
+def insert_norms(program: Program, readers: Sequence[GroupReader], plan: Plan, *, mean: bool, fused: bool) -> Normed:
     """The program with norms and clip factors.
 
     C_i = min(1, R / ||g_i||) (Abadi et al. 2016, algorithm 1). In the split form a loss that is a mean over samples
@@ -35,7 +32,9 @@ def insert_norms(
     for reader in readers:
         method = plan.method(reader.group.name)
         if reader.group.space is Space.PULLBACK:
-            first, *gradients = inline(graph, reader.pullback_norm, [*reader.inputs, *reader.sources], "norm", vmapped=True)
+            first, *gradients = inline(
+                graph, reader.pullback_norm, [*reader.inputs, *reader.sources], "norm", vmapped=True
+            )
         else:
             first, *gradients = inline(graph, _norm(reader, method), reader.inputs, "norm", vmapped=reader.vmapped)
         totals.append(first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import fx
 from dpcompile.inline import carry_origin, inline
 from dpcompile.ir import Program
 from dpcompile.rules.sites.base import bind, is_tensor
+from dpcompile.torch_internals import fake_value
 
 aten = torch.ops.aten
 
@@ -47,6 +49,17 @@ def _prelu(x: torch.Tensor, weight: torch.Tensor, *, a: dict[str, Any]) -> torch
     return torch.where(x > 0, x, x * slope)
 
 
+def _masked_fill(x: torch.Tensor, mask: torch.Tensor, value: torch.Tensor, *, a: dict[str, Any]) -> torch.Tensor:
+    return torch.where(mask, value.to(x.dtype), x)
+
+
+def _bilinear(
+    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor, a: dict[str, Any]
+) -> torch.Tensor:
+    products = (x.unsqueeze(-1) * y.unsqueeze(-2)).flatten(-2)
+    return F.linear(products, weight.flatten(1), *bias)
+
+
 _STATS = ("running_mean", "running_var")
 
 # op -> (arguments that are tensors, the same computation in other ops)
@@ -56,6 +69,8 @@ REWRITES: dict[Any, tuple[tuple[str, ...], Callable[..., torch.Tensor]]] = {
     aten._native_batch_norm_legit_no_training.default: (("input", "weight", "bias", *_STATS), _batch_norm_eval),
     aten.instance_norm.default: (("input", "weight", "bias"), _instance_norm),
     aten.prelu.default: (("self", "weight"), _prelu),
+    aten.masked_fill.Tensor: (("self", "mask", "value"), _masked_fill),
+    aten.bilinear.default: (("input1", "input2", "weight", "bias"), _bilinear),
 }
 
 
@@ -67,6 +82,8 @@ def normalise(program: Program) -> Program:
             graph.erase_node(node)
         elif node.target in REWRITES:
             _rewrite(graph, node)
+        elif node.target in (aten.repeat.default, aten.tile.default):
+            _repeat(graph, node)
         elif node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
             _reshape(node)
         elif node.target in (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims):
@@ -86,7 +103,7 @@ def normalise(program: Program) -> Program:
 def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
     names, fn = REWRITES[node.target]
     arguments = bind(node)
-    if not is_tensor(arguments.get("weight")) or arguments.get("training"):
+    if "weight" in arguments and not is_tensor(arguments["weight"]) or arguments.get("training"):
         return
     if node.target is aten.instance_norm.default and not arguments["use_input_stats"]:
         return
@@ -105,6 +122,42 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
     new = [n for n in graph.nodes if "nn_module_stack" not in n.meta and n.op == "call_function"]
     carry_origin(start, new)
     graph.erase_node(node)
+
+
+def _repeat(graph: fx.Graph, node: fx.Node) -> None:
+    """A repetition whose count depends on the batch size: new dimensions are expanded, then folded with the old."""
+    source, counts = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+    assert isinstance(source, fx.Node)
+    if not any(isinstance(count, fx.Node) for count in counts):
+        return
+    value = source.meta["val"]
+    old = [1] * (len(counts) - value.dim()) + list(value.shape)
+    counts = [1] * (len(old) - len(counts)) + counts
+    if any(not isinstance(size, int) for size in old):
+        return  # a sample's own tensor
+    apart, spread, folded = [], [], []
+    with graph.inserting_before(node):
+        for count, size in zip(counts, old, strict=True):
+            plain = size == 1 or count == 1
+            apart += [size] if plain else [1, size]
+            spread += [count if size == 1 else size] if plain else [count, size]
+            folded.append(count if size == 1 else size if count == 1 else _times(graph, count, size))
+        result = _call(graph, aten.reshape.default, source, apart)
+        result = _call(graph, aten.expand.default, result, spread)
+        result = _call(graph, aten.reshape.default, result, folded) if len(spread) > len(folded) else result
+    carry_origin(node, list(result.all_input_nodes) + [result])
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def _times(graph: fx.Graph, count: Any, size: int) -> Any:
+    return _call(graph, operator.mul, count, size) if isinstance(count, fx.Node) else count * size
+
+
+def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    node = graph.call_function(target, args)
+    node.meta["val"] = fake_value(node)
+    return node
 
 
 def _reshape(node: fx.Node) -> None:

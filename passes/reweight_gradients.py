@@ -71,5 +71,3 @@ def _scatter(reader: GroupReader):
         return list(torch.autograd.grad(value, leaf, total.reshape(value.shape)))
 
     return back
-
-

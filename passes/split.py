@@ -114,9 +114,9 @@ def _extract(
     for node in program.graph.nodes:
         if node in keep and node.target is torch.ops.aten.sym_size.int and node.args[0] not in env:
             env[node] = _batch_size(graph, program.batch, list(env.values()))
-        elif node in keep and node.op == "call_function" and node not in env:
-            env[node] = graph.node_copy(node, env.__getitem__)
-        elif node in keep and node.op == "get_attr":
+        elif (node in keep and node.op == "call_function" and node not in env) or (
+            node in keep and node.op == "get_attr"
+        ):
             env[node] = graph.node_copy(node, env.__getitem__)
     results = [env[nodes[o.node]] if o.node is not None else o.literal for o in outputs]
     graph.output(results + [env[node] for node in saved])
@@ -126,9 +126,5 @@ def _extract(
         Output(env[nodes[o.node]].name if o.node else None, o.kind, o.target, o.literal, o.wants_gradient)
         for o in outputs
     )
-    own_inputs = tuple(
-        Input(env[nodes[i.node]].name, i.kind, i.target, i.trainable, i.batch_dim) for i in inputs
-    )
+    own_inputs = tuple(Input(env[nodes[i.node]].name, i.kind, i.target, i.trainable, i.batch_dim) for i in inputs)
     return Program(module, own_inputs, renamed, program.batch, program.constants)
-
-

@@ -76,7 +76,9 @@ def trace_backward(program: Program, tracked: Tracked, uses: Uses, *, loss: bool
     if not loss:
         with mode:
             tangents = {
-                i: torch.empty(result.shape, dtype=result.dtype, device=result.device)  # the runtime makes them contiguous
+                i: torch.empty(
+                    result.shape, dtype=result.dtype, device=result.device
+                )  # the runtime makes them contiguous
                 for i, (o, result) in enumerate(zip(program.outputs, results, strict=True))
                 if o.kind is OutputKind.USER and isinstance(result, torch.Tensor) and result.is_floating_point()
             }
@@ -93,9 +95,7 @@ def trace_backward(program: Program, tracked: Tracked, uses: Uses, *, loss: bool
         if loss:
             at = next(i for i, o in enumerate(program.outputs) if o.kind is OutputKind.USER)
             seeds = {at: _seed(outs[at], scale, program.batch)}
-        differentiable = [
-            i for i in seeds if isinstance(outs[i], torch.Tensor) and outs[i].requires_grad
-        ]
+        differentiable = [i for i in seeds if isinstance(outs[i], torch.Tensor) and outs[i].requires_grad]
         grads: Sequence[torch.Tensor | None] = [None] * len(order)
         if differentiable and order:
             grads = torch.autograd.grad(
@@ -124,7 +124,8 @@ def loss_scale(program: Program, tracked: Tracked) -> str:
     output = next(o for o in program.outputs if o.kind is OutputKind.USER)
     assert output.node is not None
     value = tracked.values[output.node]
-    assert isinstance(value, Value) and value.kind is Kind.REDUCED
+    assert isinstance(value, Value)
+    assert value.kind is Kind.REDUCED
     return "mean" if value.mean else "sum"
 
 
@@ -173,5 +174,3 @@ def _assemble(module: fx.GraphModule, program: Program, tangents: tuple[int, ...
     if len(flat) != at + len(leaves):
         raise InvalidGraphError("trace-backward: results do not match what was asked for")
     return Backward(Program(module, inputs, outputs, program.batch, program.constants), sites, leaves)
-
-

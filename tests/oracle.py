@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from zoo import Case, Inputs, call, cast, map_inputs
 
 RTOL = {torch.float32: 1e-4, torch.float64: 1e-8}
+
+
+class NoSinglePrecision(TorchFunctionMode):
+    """Casts to float32 go to float64: Llama and T5 take their norms in float32 whatever the type of the model."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        given = {key: _double(value) for key, value in (kwargs or {}).items()}
+        return func(*map(_double, args), **given)
+
+
+def _double(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+def arithmetic_of(dtype: torch.dtype) -> AbstractContextManager[object]:
+    """The context in which a model of this type computes in this type throughout."""
+    return NoSinglePrecision() if dtype is torch.float64 else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -23,7 +44,7 @@ class PerSampleGradients:
     @property
     def norms(self) -> Tensor:
         """Norm of each sample's gradient over all parameters together, shape [B]."""
-        return sum(g.flatten(1).square().sum(1) for g in self.grads.values()).sqrt()
+        return sum(g.unsqueeze(-1).flatten(1).square().sum(1) for g in self.grads.values()).sqrt()
 
     def clipped_sum(self, max_grad_norm: float) -> dict[str, Tensor]:
         """sum_i min(1, max_grad_norm / norm_i) * g_i, by parameter name."""

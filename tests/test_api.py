@@ -117,7 +117,8 @@ def test_every_contribution_is_at_most_the_bound(dp_model: DPModule) -> None:
     x, y = batch(1)
     total = sum(g.square().sum() for g in step(dp_model, x, y))
     assert math.sqrt(total) <= 0.1 * (1 + 1e-5)
-    assert dp_model.per_sample_norms.shape == (1,) and not dp_model.per_sample_norms.requires_grad
+    assert dp_model.per_sample_norms.shape == (1,)
+    assert not dp_model.per_sample_norms.requires_grad
 
 
 def test_eval_and_no_grad_are_the_models_own_inference(model: Net, dp_model: DPModule) -> None:
@@ -125,10 +126,12 @@ def test_eval_and_no_grad_are_the_models_own_inference(model: Net, dp_model: DPM
     with torch.no_grad():
         torch.testing.assert_close(dp_model(x), model(x))
     dp_model.eval()
-    assert not model.training and not model.drop.training
+    assert not model.training
+    assert not model.drop.training
     torch.testing.assert_close(dp_model(x), model(x))
     dp_model.train()
-    assert model.drop.training and dp_model.training
+    assert model.drop.training
+    assert dp_model.training
 
 
 def test_no_unclipped_gradient_can_reach_the_parameters_in_eval_mode(dp_model: DPModule) -> None:
@@ -136,13 +139,15 @@ def test_no_unclipped_gradient_can_reach_the_parameters_in_eval_mode(dp_model: D
     x, y = batch()
     x.requires_grad_()
     F.cross_entropy(dp_model(x), y).backward()  # the gradient of the input is anybody's; the parameters get none
-    assert x.grad is not None and not grads(dp_model)
+    assert x.grad is not None
+    assert not grads(dp_model)
 
 
 def test_a_model_in_eval_mode_is_compiled_for_training_and_left_in_eval_mode() -> None:
     model = net(dropout=True).eval()
     dp_model = dpcompile(model, batch()[0])
-    assert not model.training and not model.drop.training
+    assert not model.training
+    assert not model.drop.training
     dp_model.train()
     torch.manual_seed(1)
     first = dp_model(batch()[0])
@@ -207,7 +212,8 @@ def test_frozen_parameters_get_no_gradient_and_have_no_site() -> None:
     model.first.requires_grad_(False)
     dp_model = dpcompile(model, batch()[0])
     step(dp_model, *batch())
-    assert model.first.weight.grad is None and model.second.weight.grad is not None
+    assert model.first.weight.grad is None
+    assert model.second.weight.grad is not None
     assert not any("first" in group.name for group in dp_model.plan.costs.groups)
 
 
@@ -328,7 +334,9 @@ def test_every_offender_is_named_in_one_message() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
     with pytest.raises(DPCompileError) as caught:
         dpcompile(model, batch()[0])
-    assert "`1`" in str(caught.value) and "`3`" in str(caught.value) and "GroupNorm" in str(caught.value)
+    assert "`1`" in str(caught.value)
+    assert "`3`" in str(caught.value)
+    assert "GroupNorm" in str(caught.value)
 
 
 def test_other_shapes_than_the_samples_are_refused(dp_model: DPModule) -> None:
@@ -349,7 +357,8 @@ def test_the_fused_form_gives_the_loss_and_the_gradients_of_the_split_form(model
         (loss * 3).backward()
         for actual, want in zip(grads(model), expected, strict=True):
             torch.testing.assert_close(actual, 3 * want)
-        assert fused.backward_module is None and "placeholder" not in fused.graph_module.code
+        assert fused.backward_module is None
+        assert "placeholder" not in fused.graph_module.code
         fused.eval()
         torch.testing.assert_close(fused(x), model(x))
         fused.train()
@@ -373,7 +382,8 @@ def test_models_that_return_caches_return_them() -> None:
     dp_model = dpcompile(case.model, case.sample_input)
     out = dp_model(case.sample_input)
     want = case.model(case.sample_input)
-    assert type(out) is type(want) and type(out.past_key_values) is type(want.past_key_values)
+    assert type(out) is type(want)
+    assert type(out.past_key_values) is type(want.past_key_values)
     torch.testing.assert_close(out.logits, want.logits)
     out.logits.sum().backward()
     assert dp_model.per_sample_norms.shape == (len(case.sample_input),)

@@ -30,7 +30,9 @@ def outer(e: int, T_value: int) -> tuple[Cost, dict[Method, Cost]]:
     booked = e * B * G * T * P  # the output gradient waits for the clip factors
     rescale = 2 * B * G * T * sympy.Min(P, D)
     options = {
-        Method.GHOST: Cost(gram + contraction, e * (2 * read + 6 * squares + rescale + weights), e * 3 * squares, booked),
+        Method.GHOST: Cost(
+            gram + contraction, e * (2 * read + 6 * squares + rescale + weights), e * 3 * squares, booked
+        ),
         Method.EXPLICIT: Cost(2 * contraction, e * (2 * read + 4 * kept + rescale + weights), e * 2 * kept, booked),
         Method.KEPT: Cost(contraction + 2 * kept, e * (read + 5 * kept + weights), e * kept, e * kept),
     }
@@ -64,11 +66,10 @@ def pulled(e: int, norm: sympy.Expr, plain: sympy.Expr, numel: int) -> tuple[Cos
 def unkept(options: dict[Method, Cost], e: int) -> dict[Method, Cost]:
     """Options of a further part of a group: kept gradients of all parts are one tensor, summed once."""
     kept = B * G * P * D
-    changed = {
+    return {
         m: Cost(c.flops - 2 * kept, c.bytes - e * 3 * kept, c.transient, ZERO) if m is Method.KEPT else c
         for m, c in options.items()
     }
-    return changed
 
 
 def cross(e: int, T_left: int, T_right: int) -> tuple[Cost, dict[Method, Cost]]:

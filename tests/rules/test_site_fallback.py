@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from layers import Apply, check_module, loss_at
 from torch import Tensor, nn
 
+from dpcompile import NoRuleError
+from dpcompile.torch_internals import without_vmap_loops
+
 T, D = 3, 4
 
 
@@ -63,3 +66,10 @@ def test_embedding_and_fallback_of_one_table() -> None:
         return torch.cdist(rows, m.table)
 
     check_module(Apply(run, table=(5, 2)), torch.tensor([[0, 1, 2], [2, 3, 4], [4, 4, 1]]), batch_sizes=(3, 1))
+
+
+def test_an_op_that_vmap_cannot_follow_is_refused_by_name() -> None:
+    """A loop over the samples would fix the batch size."""
+    x = torch.randn(3, 1, D, D)
+    with pytest.raises(NoRuleError, match="_trilinear"), without_vmap_loops():
+        torch.func.vmap(lambda x_i: torch._trilinear(x_i, x_i, x_i, [], [], [], [1]))(x)

@@ -121,8 +121,7 @@ def call_bound(target: Any, arguments: Mapping[str, Any]) -> Any:
 
 def pick(arguments: Mapping[str, Any], slot: str) -> Any:
     name, _, index = slot.partition("[")
-    found = arguments.get(name)
-    return found[int(index[:-1])] if index else found
+    return arguments[name][int(index[:-1])] if index else arguments.get(name)
 
 
 def put(arguments: Mapping[str, Any], slot: str, value: Any) -> dict[str, Any]:

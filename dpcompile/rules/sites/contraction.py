@@ -122,9 +122,7 @@ def roles_of(call: Call, slot: str) -> Roles | None:
     groups = tuple(label for label in real if label in other and label in equation.out)
     contracted = tuple(label for label in real if label in other and label not in equation.out)
     made = tuple(label for label in real if label not in other and label in equation.out)
-    positions = tuple(
-        label for label in other if label in equation.out and label not in weight and label != batch
-    )
+    positions = tuple(label for label in other if label in equation.out and label not in weight and label != batch)
     unread = [label for label in other if label not in equation.out and label not in weight and label[0] != "_"]
     if len(groups) + len(contracted) + len(made) != len(real) or unread:
         return None
@@ -182,7 +180,8 @@ class Contraction:
             return lambda grad: Explicit(_scaled(reduce_to(grad, axis, shape), scale))
         roles = roles_of(call, slot)
         other_axis = call.axis(right if slot == left else left)
-        assert roles is not None and other_axis is not None
+        assert roles is not None
+        assert other_axis is not None
         dims = {label: i for i, label in enumerate(roles.weight)}
         ones = tuple(i for label, i in dims.items() if label.startswith("_"))
 

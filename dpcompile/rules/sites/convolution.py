@@ -80,9 +80,7 @@ def patches(image: torch.Tensor, window: Window, positions: tuple[int, ...]) -> 
     if not window.trivial:
         if any(pad != (0, 0) for pad in window.padding):
             image = F.pad(image, [size for pad in reversed(window.padding) for size in pad])
-        for i, (kernel, stride, dilation) in enumerate(
-            zip(window.kernel, window.stride, window.dilation, strict=True)
-        ):
+        for i, (kernel, stride, dilation) in enumerate(zip(window.kernel, window.stride, window.dilation, strict=True)):
             image = image.unfold(2 + i, dilation * (kernel - 1) + 1, stride)
             image = image[..., ::dilation] if dilation != 1 else image
             image = image.narrow(2 + i, 0, positions[i])

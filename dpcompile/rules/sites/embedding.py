@@ -39,7 +39,9 @@ class Embedding:
                 "whole batch reads it: samples influence each other. Set scale_grad_by_freq=False."
             )
         if call.node.target is aten.index.Tensor:
-            return all(other is None for other in call.arguments["indices"][1:]) and call.meta(index).dtype != torch.bool
+            return (
+                all(other is None for other in call.arguments["indices"][1:]) and call.meta(index).dtype != torch.bool
+            )
         return call.arguments.get("dim", 0) in (0, -len(call.shape(table)))
 
     def run(self, call: Call, arguments: dict[str, Any]) -> tuple[Any, dict[str, Tap]]:

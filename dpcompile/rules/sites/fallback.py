@@ -8,8 +8,21 @@ from typing import Any
 
 import torch
 
+from dpcompile.errors import Finding, refusal
 from dpcompile.forms import Explicit, Form
-from dpcompile.rules.sites.base import Call, Tap, Work, call_bound, is_tensor, per_sample_size, pick, put, slots_of, tapped
+from dpcompile.origin import origin
+from dpcompile.rules.sites.base import (
+    Call,
+    Tap,
+    Work,
+    call_bound,
+    is_tensor,
+    per_sample_size,
+    pick,
+    put,
+    slots_of,
+    tapped,
+)
 
 
 class Fallback:
@@ -54,15 +67,51 @@ class Fallback:
                 def op(value: torch.Tensor) -> torch.Tensor:
                     return call_bound(call.node.target, put(arguments, slot, value))
 
-                _, vjp = torch.func.vjp(op, given[slot])
+                vjp = torch.func.vjp(op, given[slot])[1]
                 return vjp(grad_i.unsqueeze(out_dim))[0]
 
             in_dims = (out_dim, *batched.values())
-            grads = torch.func.vmap(one, in_dims=in_dims)(grad, *(given[name] for name in batched))
+            try:
+                grads = torch.func.vmap(one, in_dims=in_dims)(grad, *(given[name] for name in batched))
+            except RuntimeError as error:
+                if "vmap fallback" in str(error):
+                    raise refusal([_not_vmapped(call, slot, str(error))], "find-sites") from error
+                raise
             return Explicit(grads.reshape([grads.shape[0], *shape]))
 
         return form
 
+    def plain(self, call: Call, slot: str) -> Callable[..., torch.Tensor]:
+        """The gradient of the whole batch, as plain training computes it."""
+        slots = tuple(slots_of(call.arguments))
+
+        def gradient(*tensors: torch.Tensor) -> torch.Tensor:
+            *saved, grad = tensors
+            arguments = dict(call.arguments)
+            for name, tensor in zip(slots, saved, strict=True):
+                arguments = put(arguments, name, tensor)
+            with torch.enable_grad():
+                leaf = pick(arguments, slot).detach().requires_grad_()
+                result = call_bound(call.node.target, put(arguments, slot, leaf))
+            return torch.autograd.grad(result, leaf, grad)[0]
+
+        return gradient
+
     def work(self, call: Call, slot: str) -> Work:
         size = max(math.prod(call.shape(slot)), 1)
         return Work("explicit", max(per_sample_size(call.out, call.out_axis) // size, 1), 1, size)
+
+
+def _not_vmapped(call: Call, slot: str, reason: str) -> Finding:
+    where = origin(call.node)
+    missing = reason.partition(" ")[0].removeprefix("aten::")
+    return Finding(
+        where.module,
+        where.module_type,
+        str(call.node.target).removeprefix("aten."),
+        where.line,
+        f"uses a parameter (argument {slot}) and has no per-sample gradient: torch.func.vmap has no rule for {missing}",
+        "write a rule in dpcompile/rules/sites/ (see CONTRIBUTING.md), or write the op with linear, conv, embedding "
+        "or pointwise ops",
+        mixes=False,
+    )

@@ -1,0 +1,182 @@
+"""Outer, OneHot and Explicit against the per-sample gradients that they stand for, written out."""
+
+from __future__ import annotations
+
+from itertools import combinations_with_replacement
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpcompile.forms import (
+    Explicit,
+    Form,
+    OneHot,
+    Outer,
+    explicit,
+    ghost_sq_norm,
+    inner,
+    merge,
+    sq_norm,
+    transposed,
+    weighted_sum,
+)
+
+check = settings(max_examples=40, deadline=None, derandomize=True)
+batches = st.integers(0, 4)
+sizes = st.integers(1, 4)
+seeds = st.integers(0, 10**6)
+
+
+def written_out(form: Form) -> torch.Tensor:
+    """[B, *shape] by the definition: a loop over samples, groups and positions."""
+    if isinstance(form, Explicit):
+        return form.grad
+    if isinstance(form, OneHot):
+        batch, length, _ = form.cols_BTd.shape
+        rows = torch.zeros(batch, 1, length, form.shape[form.row_dims[0]], dtype=form.cols_BTd.dtype)
+        rows.scatter_(3, form.index_BT[:, None, :, None], 1.0)
+        form = Outer(rows, form.cols_BTd[:, None], form.shape, form.row_dims, form.col_dims)
+    blocks = torch.einsum("bgtp,bgtd->bgpd", form.rows_BGTp, form.cols_BGTd)
+    order = form.group_dims + form.row_dims + form.col_dims
+    shaped = blocks.reshape(len(blocks), *(form.shape[i] for i in order))
+    return shaped.permute(0, *(1 + order.index(i) for i in range(len(order))))
+
+
+def outer(batch: int, length: int, rows: int, cols: int, *, swapped: bool = False) -> Outer:
+    """A use of a matrix [rows, cols]; `swapped` is a use of its transpose."""
+    p, d = (cols, rows) if swapped else (rows, cols)
+    dims = ((1,), (0,)) if swapped else ((0,), (1,))
+    return Outer(_randn(batch, 1, length, p), _randn(batch, 1, length, d), (rows, cols), *dims)
+
+
+def grouped(batch: int, groups: int, length: int, rows: int, cols: int) -> Outer:
+    """A use of heads [cols, groups, rows]."""
+    return Outer(
+        _randn(batch, groups, length, rows), _randn(batch, groups, length, cols), (cols, groups, rows), (2,), (0,), (1,)
+    )
+
+
+def onehot(batch: int, length: int, rows: int, cols: int) -> OneHot:
+    return OneHot(torch.randint(rows, (batch, length)), _randn(batch, length, cols), (rows, cols))
+
+
+def _randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.double)
+
+
+def some_forms(seed: int, batch: int, length: int, rows: int, cols: int) -> list[Form]:
+    torch.manual_seed(seed)
+    return [
+        outer(batch, length, rows, cols),
+        outer(batch, length + 1, rows, cols, swapped=True),
+        onehot(batch, length, rows, cols),
+        onehot(batch, length + 2, rows, cols),
+        outer(batch, 1, rows, cols),
+        Explicit(_randn(batch, rows, cols)),
+    ]
+
+
+@check
+@given(seed=seeds, batch=batches, length=sizes, rows=sizes, cols=sizes, groups=sizes)
+def test_explicit_is_the_definition(seed: int, batch: int, length: int, rows: int, cols: int, groups: int) -> None:
+    for form in [*some_forms(seed, batch, length, rows, cols), grouped(batch, groups, length, rows, cols)]:
+        torch.testing.assert_close(explicit(form), written_out(form))
+
+
+@check
+@given(seed=seeds, batch=batches, length=sizes, rows=sizes, cols=sizes, groups=sizes)
+def test_weighted_sum_is_the_weighted_sum(
+    seed: int, batch: int, length: int, rows: int, cols: int, groups: int
+) -> None:
+    for form in [*some_forms(seed, batch, length, rows, cols), grouped(batch, groups, length, rows, cols)]:
+        weight = _randn(batch)
+        torch.testing.assert_close(weighted_sum(form, weight), torch.tensordot(weight, written_out(form), 1))
+
+
+@check
+@given(seed=seeds, batch=batches, length=sizes, rows=sizes, cols=sizes)
+def test_inner_products_of_every_pair(seed: int, batch: int, length: int, rows: int, cols: int) -> None:
+    factored = [form for form in some_forms(seed, batch, length, rows, cols) if not isinstance(form, Explicit)]
+    for left, right in combinations_with_replacement(factored, 2):
+        expected = (written_out(left) * written_out(right)).sum((1, 2))
+        torch.testing.assert_close(inner(left, right), expected)
+        torch.testing.assert_close(inner(right, left), expected)
+
+
+@check
+@given(seed=seeds, batch=batches, length=sizes, rows=sizes, cols=sizes, mask=st.integers(1, 31))
+def test_ghost_norm_of_several_uses_is_the_norm_of_their_sum(
+    seed: int, batch: int, length: int, rows: int, cols: int, mask: int
+) -> None:
+    factored = [form for form in some_forms(seed, batch, length, rows, cols) if not isinstance(form, Explicit)]
+    chosen = [form for i, form in enumerate(factored) if mask >> i & 1]
+    total = sum(written_out(form) for form in chosen)
+    torch.testing.assert_close(ghost_sq_norm(chosen), total.square().sum((1, 2)))
+
+
+@check
+@given(seed=seeds, batch=batches, groups=sizes, length=sizes, rows=sizes, cols=sizes)
+def test_ghost_norm_of_groups(seed: int, batch: int, groups: int, length: int, rows: int, cols: int) -> None:
+    torch.manual_seed(seed)
+    forms = [grouped(batch, groups, length, rows, cols), grouped(batch, groups, 1, rows, cols)]
+    total = sum(written_out(form) for form in forms)
+    torch.testing.assert_close(ghost_sq_norm(forms), total.square().sum((1, 2, 3)))
+
+
+@check
+@given(seed=seeds, batch=batches, length=sizes, size=sizes)
+def test_uses_that_share_no_factor_are_multiplied_out(seed: int, batch: int, length: int, size: int) -> None:
+    """w[H, K, K] read once with rows K and once with rows H * K."""
+    torch.manual_seed(seed)
+    shape = (2, size, size)
+    rows, cols = _randn(batch, 1, length, size), _randn(batch, 1, length, 2 * size)
+    left, right = Outer(rows, cols, shape, (2,), (0, 1)), Outer(cols, rows, shape, (0, 2), (1,))
+    total = written_out(left) + written_out(right)
+    torch.testing.assert_close(ghost_sq_norm([left, right]), total.square().sum((1, 2, 3)))
+
+
+@check
+@given(seed=seeds, batch=batches, length=sizes, rows=sizes, cols=sizes)
+def test_merge_keeps_the_sum_and_leaves_one_form_of_each_kind(
+    seed: int, batch: int, length: int, rows: int, cols: int
+) -> None:
+    forms = some_forms(seed, batch, length, rows, cols) + [Explicit(_randn(batch, rows, cols))]
+    merged = merge(forms)
+    assert [type(form) for form in merged] == [Outer, OneHot, Explicit]
+    torch.testing.assert_close(
+        sum(written_out(form) for form in merged), sum(written_out(form) for form in forms)
+    )
+
+
+@check
+@given(seed=seeds, batch=batches, length=sizes, rows=sizes, cols=sizes)
+def test_a_use_of_the_transpose_is_carried_back(seed: int, batch: int, length: int, rows: int, cols: int) -> None:
+    for form in some_forms(seed, batch, length, rows, cols):
+        back = transposed(form, (1, 0))
+        torch.testing.assert_close(written_out(back), written_out(form).transpose(1, 2))
+
+
+@check
+@given(seed=seeds, batch=batches, permutation=st.permutations([0, 1, 2]))
+def test_a_use_of_a_permutation_is_carried_back(seed: int, batch: int, permutation: list[int]) -> None:
+    torch.manual_seed(seed)
+    form = grouped(batch, 2, 3, 4, 5)
+    back = transposed(form, tuple(permutation))
+    torch.testing.assert_close(written_out(back).permute(0, *(1 + i for i in permutation)), written_out(form))
+    dense = transposed(Explicit(written_out(form)), tuple(permutation))
+    torch.testing.assert_close(written_out(dense), written_out(back))
+
+
+def test_norm_of_gradients_of_a_scalar_parameter() -> None:
+    grad = _randn(3)
+    torch.testing.assert_close(sq_norm(grad), grad.square())
+    torch.testing.assert_close(weighted_sum(Explicit(grad), torch.ones(3)), grad.sum())
+
+
+def test_half_precision_is_accumulated_in_float32() -> None:
+    """In bfloat16 the sum of 4096 ones stops at 256."""
+    ones = torch.ones(1, 4096, dtype=torch.bfloat16)
+    assert sq_norm(ones).item() == 4096
+    form = Outer(ones.reshape(1, 1, 4096, 1), ones.reshape(1, 1, 4096, 1), (1, 1), (0,), (1,))
+    assert ghost_sq_norm([form]).item() == 4096.0**2
