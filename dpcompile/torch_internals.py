@@ -22,6 +22,7 @@ from torch.fx.experimental import _config as fx_config
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph import _BoxedCodeGen  # no public code generator frees its inputs
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
 from dpcompile.errors import NoRuleError
@@ -82,7 +83,7 @@ def trace(
 
 def fake_value(node: torch.fx.Node) -> Any:
     """What a node gives, from the fake values of its arguments."""
-    args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
     with symbolic_batch(), enable_python_dispatcher(), fake_mode_of(node.graph):
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -136,7 +137,7 @@ def _trace_vmapped(fn: Callable[..., Any], values: Sequence[Any]) -> torch.fx.Gr
 @contextlib.contextmanager
 def without_vmap_loops() -> Iterator[None]:
     """An op that vmap has no rule for is an error, not a loop over the samples, which would fix the batch size."""
-    internals = torch._C._functorch
+    internals = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     before = internals._is_vmap_fallback_enabled()
     internals._set_vmap_fallback_enabled(False)
     try:

@@ -211,8 +211,8 @@ def _program_of(exported: torch.export.ExportedProgram, model: nn.Module, call: 
         else:
             raise CaptureError(
                 _renormalised(exported.graph)
-                or f"capture: {type(model).__name__} writes to {spec.target!r} ({spec.kind.name.lower()}) in its forward. "
-                "Return the value instead of writing it in place."
+                or f"capture: {type(model).__name__} writes to {spec.target!r} ({spec.kind.name.lower()}) in its "
+                "forward. Return the value instead of writing it in place."
             )
     inputs = _merge_aliases(exported.graph, inputs, {name: id(p) for name, p in named.items()}, model)
     return Program(exported.graph_module, tuple(inputs), tuple(outputs), _batch_symbol(exported, inputs), constants)
@@ -222,8 +222,8 @@ def _renormalised(graph: fx.Graph) -> str | None:
     """An embedding with max_norm writes to its table."""
     for node in graph.find_nodes(op="call_function", target=aten.embedding_renorm.default):
         return (
-            f"capture: `{origin(node).module}` has max_norm={node.args[2]}: its table is changed in the forward by which "
-            "rows the batch reads. Set max_norm=None."
+            f"capture: `{origin(node).module}` has max_norm={node.args[2]}: its forward changes the rows of its table "
+            "that the batch reads. Set max_norm=None."
         )
     return None
 

@@ -246,9 +246,7 @@ def distinct(program: Program, values: tuple[Derived, ...]) -> bool:
     return True
 
 
-def _index_map(
-    nodes: dict[str, fx.Node], value: Derived, literals: Mapping[str, torch.Tensor]
-) -> torch.Tensor | None:
+def _index_map(nodes: dict[str, fx.Node], value: Derived, literals: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     known: dict[fx.Node, Any] = {nodes[name]: tensor.cpu() for name, tensor in literals.items()}
 
     def literal(node: fx.Node) -> Any:

@@ -82,6 +82,9 @@ def normalise(program: Program) -> Program:
             graph.erase_node(node)
         elif node.target in REWRITES:
             _rewrite(graph, node)
+        elif node.target is aten.type_as.default:  # reads the other tensor's type alone
+            node.target, node.args = aten._to_copy.default, node.args[:1]
+            node.kwargs = {"dtype": node.meta["val"].dtype}
         elif node.target in (aten.repeat.default, aten.tile.default):
             _repeat(graph, node)
         elif node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
@@ -103,7 +106,7 @@ def normalise(program: Program) -> Program:
 def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
     names, fn = REWRITES[node.target]
     arguments = bind(node)
-    if "weight" in arguments and not is_tensor(arguments["weight"]) or arguments.get("training"):
+    if ("weight" in arguments and not is_tensor(arguments["weight"])) or arguments.get("training"):
         return
     if node.target is aten.instance_norm.default and not arguments["use_input_stats"]:
         return
@@ -145,7 +148,7 @@ def _repeat(graph: fx.Graph, node: fx.Node) -> None:
         result = _call(graph, aten.reshape.default, source, apart)
         result = _call(graph, aten.expand.default, result, spread)
         result = _call(graph, aten.reshape.default, result, folded) if len(spread) > len(folded) else result
-    carry_origin(node, list(result.all_input_nodes) + [result])
+    carry_origin(node, [*list(result.all_input_nodes), result])
     node.replace_all_uses_with(result)
     graph.erase_node(node)
 

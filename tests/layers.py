@@ -15,12 +15,14 @@ from zoo import Inputs, call
 
 from dpcompile.api import Analysis, analyse
 from dpcompile.ir import Program
+from dpcompile.passes.choose_norms import choose_norms
 from dpcompile.plan import Choice, Method, Plan
 from dpcompile.runtime import DPModule, Emitted
 
 RTOL = 1e-8
 BATCH_SIZES = (3, 1, 4, 0)
-METHODS = ("auto", "ghost", "explicit", "forced-explicit")  # "forced-kept" too where it is asked for
+METHODS = ("auto", "ghost", "explicit")
+FORCED = (*METHODS, "forced-explicit")  # and explicit gradients that are dropped after the norm
 
 Loss = Callable[[Any], Tensor]
 
@@ -50,7 +52,9 @@ def loss_at(batch_dim: int) -> Loss:
     """A loss for each sample of an output with the batch at `batch_dim`; curved, so that samples differ everywhere."""
 
     def loss(out: Tensor) -> Tensor:
-        flat = out.movedim(batch_dim, 0).reshape(out.shape[batch_dim], math.prod(out.shape) // max(out.shape[batch_dim], 1))
+        flat = out.movedim(batch_dim, 0).reshape(
+            out.shape[batch_dim], math.prod(out.shape) // max(out.shape[batch_dim], 1)
+        )
         slope = torch.linspace(-1, 1, flat.shape[1], dtype=flat.dtype) + 0.3
         return (slope * flat + 0.25 * flat.square()).sum(1)
 
@@ -73,7 +77,12 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def compile_all(
-    module: nn.Module, sample: Inputs, *, batched: Any = None, reduction: str = "sum", methods: tuple[str, ...] = METHODS
+    module: nn.Module,
+    sample: Inputs,
+    *,
+    batched: Any = None,
+    reduction: str = "sum",
+    methods: tuple[str, ...] = METHODS,
 ) -> Compiled:
     """The module analysed once and emitted for every norm method (or for those named)."""
     analysis = analyse(module, sample, batched=batched, loss_reduction=reduction)
@@ -93,7 +102,12 @@ def compile_all(
 
 def _plans(analysis: Analysis) -> dict[str, Plan]:
     """Plans by policy, and with each explicit method forced on every group that has it."""
-    plans = {policy: analysis.plan(policy) for policy in ("auto", "ghost", "explicit")}
+    auto = analysis.plan("auto")
+    plans = {"auto": auto}
+    for policy in ("ghost", "explicit"):
+        plans[policy] = choose_norms(
+            analysis.program, analysis.uses, auto.costs, auto.device, policy=policy, batch_size=auto.batch_size
+        )
     for method in (Method.EXPLICIT, Method.KEPT):
         plan = plans["explicit"]
         able = {group.name for group in plan.costs.groups if method in group.methods}
@@ -131,7 +145,9 @@ def check_module(
         truth = per_sample(module, compiled.analysis, inputs, loss, batch_size)
         for name, emitted in {id(e): (n, e) for n, e in compiled.emitted.items()}.values():
             for bound in (truth.splitting_norm(), float("inf")) if batch_size else (1.0,):
-                _check_step(module, emitted, inputs, loss, reduction, truth, bound, f"{name}, B={batch_size}, R={bound}")
+                _check_step(
+                    module, emitted, inputs, loss, reduction, truth, bound, f"{name}, B={batch_size}, R={bound}"
+                )
         if batch_size:
             _check_autograd(module, inputs, loss, truth)
     return compiled

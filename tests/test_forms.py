@@ -141,12 +141,10 @@ def test_uses_that_share_no_factor_are_multiplied_out(seed: int, batch: int, len
 def test_merge_keeps_the_sum_and_leaves_one_form_of_each_kind(
     seed: int, batch: int, length: int, rows: int, cols: int
 ) -> None:
-    forms = some_forms(seed, batch, length, rows, cols) + [Explicit(_randn(batch, rows, cols))]
+    forms = [*some_forms(seed, batch, length, rows, cols), Explicit(_randn(batch, rows, cols))]
     merged = merge(forms)
     assert [type(form) for form in merged] == [Outer, OneHot, Explicit]
-    torch.testing.assert_close(
-        sum(written_out(form) for form in merged), sum(written_out(form) for form in forms)
-    )
+    torch.testing.assert_close(sum(written_out(form) for form in merged), sum(written_out(form) for form in forms))
 
 
 @check

@@ -16,8 +16,11 @@ BASE = {"errors", "device", "ir", "shapes", "forms", "plan", "origin", "torch_in
 def sources() -> dict[str, Path]:
     """Module name to file; the passes stand under the name by which they are imported."""
     package = ROOT / "dpcompile"
-    found = {path: "dpcompile." + ".".join(path.relative_to(package).with_suffix("").parts)
-             for path in package.rglob("*.py") if "passes" not in path.parts[len(package.parts):]}
+    found = {
+        path: "dpcompile." + ".".join(path.relative_to(package).with_suffix("").parts)
+        for path in package.rglob("*.py")
+        if "passes" not in path.parts[len(package.parts) :]
+    }
     found |= {path: f"dpcompile.passes.{path.stem}" for path in PASSES.glob("*.py")}
     return {name.removesuffix(".__init__"): path for path, name in found.items()}
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from layers import Apply, TiedLanguageModel, check_module, folded_loss, loss_at, randomised
+from layers import FORCED, Apply, TiedLanguageModel, check_module, folded_loss, loss_at, randomised
 from torch import Tensor, nn
 
 from dpcompile import dpcompile
@@ -21,24 +21,26 @@ IDS = torch.tensor([[0, 1, 2], [5, 3, 4], [4, 4, 1]])
 
 @pytest.mark.parametrize("padding", [None, 4])
 def test_tied_embedding_and_head(padding: int | None) -> None:
-    found = check_module(TiedLanguageModel(padding=padding), IDS, reduction="mean")
+    found = check_module(TiedLanguageModel(padding=padding), IDS, reduction="mean", methods=FORCED)
     assert found.emitted["ghost"].plan.method("embed.weight").value == "ghost"
     assert found.emitted["explicit"].plan.method("embed.weight").value != "ghost"
 
 
 def test_one_table_looked_up_twice() -> None:
-    check_module(Apply(lambda m, ids: m.e(ids) * m.e(ids.flip(1)), modules={"e": nn.Embedding(V, D)}), IDS)
+    check_module(
+        Apply(lambda m, ids: m.e(ids) * m.e(ids.flip(1)), modules={"e": nn.Embedding(V, D)}), IDS, methods=FORCED
+    )
 
 
 def test_layer_called_three_times() -> None:
     module = Apply(lambda m, x: m.f(m.f(m.f(x).tanh()).sin()), modules={"f": nn.Linear(D, D)})
-    found = check_module(module, torch.randn(3, T, D))
+    found = check_module(module, torch.randn(3, T, D), methods=FORCED)
     assert len(found.analysis.uses.groups) == 2
 
 
 def test_convolution_called_twice() -> None:
     module = Apply(lambda m, x: m.f(m.f(x).tanh()), modules={"f": nn.Conv1d(D, D, 2, groups=2)})
-    check_module(module, torch.randn(3, D, T + 1))
+    check_module(module, torch.randn(3, D, T + 1), methods=FORCED)
 
 
 def test_group_of_blocks_shared_as_in_albert() -> None:
@@ -49,7 +51,7 @@ def test_group_of_blocks_shared_as_in_albert() -> None:
 def test_weight_used_forwards_and_transposed() -> None:
     """A tied autoencoder: encode by W, decode by W.T."""
     module = Apply(lambda m, x: F.linear(F.linear(x, m.w).tanh(), m.w.t()), w=(P, D))
-    found = check_module(module, torch.randn(3, T, D))
+    found = check_module(module, torch.randn(3, T, D), methods=FORCED)
     assert found.emitted["ghost"].plan.method("w").value == "ghost"
 
 
@@ -59,18 +61,18 @@ def test_weight_used_in_two_layouts_that_share_no_factor() -> None:
         first = torch.einsum("bthd,hdp->btp", heads, m.w)
         return torch.einsum("btp,hdp->btd", first.tanh(), m.w)
 
-    check_module(Apply(run, w=(2, 3, 3)), torch.randn(3, T, 6))
+    check_module(Apply(run, w=(2, 3, 3)), torch.randn(3, T, 6), methods=FORCED)
 
 
 def test_grouped_and_plain_convolution_share_a_kernel() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         return F.conv1d(x, m.w, groups=2).sum(1, keepdim=True) * F.conv1d(x[:, :2], m.w)
 
-    check_module(Apply(run, w=(4, 2, 2)), torch.randn(3, 4, 4))
+    check_module(Apply(run, w=(4, 2, 2)), torch.randn(3, 4, 4), methods=FORCED)
 
 
 def test_weight_as_kernel_and_as_scale() -> None:
-    check_module(Apply(lambda m, x: F.linear(x, m.w) + x * m.w, w=(D, D)), torch.randn(3, D, D))
+    check_module(Apply(lambda m, x: F.linear(x, m.w) + x * m.w, w=(D, D)), torch.randn(3, D, D), methods=FORCED)
 
 
 def test_one_bias_of_two_layers() -> None:

@@ -60,7 +60,7 @@ def explicit(e: int) -> tuple[Cost, dict[Method, Cost]]:
 def pulled(e: int, norm: sympy.Expr, plain: sympy.Expr, numel: int) -> tuple[Cost, dict[Method, Cost]]:
     """Carrying per-sample gradients through what computes a value: flops counted on the traced functions, in B."""
     cost = Cost(norm + 2 * B * numel, e * 5 * B * numel, e * B * numel, e * B * numel)
-    return Cost(plain, e * numel * sympy.Integer(1), ZERO, ZERO), {Method.EXPLICIT: cost, Method.KEPT: cost}
+    return Cost(plain, e * numel * sympy.Integer(1), ZERO, ZERO), {Method.KEPT: cost}
 
 
 def unkept(options: dict[Method, Cost], e: int) -> dict[Method, Cost]:

@@ -104,4 +104,4 @@ def test_a_site_that_no_output_needs_is_left_out() -> None:
 def test_positions_count_folded_rows(layer: nn.Module, positions: int) -> None:
     module = Apply(lambda m, x: m.f(x.flatten(0, 2)).unflatten(0, (-1, 2, 3)), modules={"f": layer})
     site = uses_of(module, torch.randn(3, 2, 3, 4)).sites[0]
-    assert site.work.T == positions
+    assert positions == site.work.T

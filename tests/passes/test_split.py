@@ -23,19 +23,25 @@ def interface(program: Program) -> str:
 def test_forward_gives_outputs_and_backward_gives_gradients_and_norms() -> None:
     parts = emitted(nn.Linear(4, 3), 4)
     assert parts.backward is not None
-    assert_expected_inline(interface(parts.forward), """\
+    assert_expected_inline(
+        interface(parts.forward),
+        """\
 parameter weight
 parameter bias
 user input
--> user""")
-    assert_expected_inline(interface(parts.backward), """\
+-> user""",
+    )
+    assert_expected_inline(
+        interface(parts.backward),
+        """\
 constant leaves_0
 tangent 0
 bound
 handle
 -> gradient weight
 -> gradient bias
--> norms""")
+-> norms""",
+    )
 
 
 def test_only_what_the_backward_reads_crosses() -> None:

@@ -74,23 +74,29 @@ return [v2]""",
 def test_sizes_are_read_off_the_input() -> None:
     """A size read off an activation would keep the activation alive for its shape alone."""
     program = program_of(lambda x: x.exp().new_zeros(x.exp().shape[0], 2))
-    assert_expected_inline(text(tidy(program).graph), """\
+    assert_expected_inline(
+        text(tidy(program).graph),
+        """\
 v0 = sym_size(leaves_0, 0)
 v1 = mul(leaves_0, p_model_w)
 v2 = exp(v1)
 v3 = new_zeros(v2, [v0, 2])
-return [v3]""")
+return [v3]""",
+    )
 
 
 def test_multiples_of_the_batch_size_are_made_from_it() -> None:
     program = program_of(lambda x: x.reshape(x.shape[0] * 2, 2).new_ones(x.shape[0] * 2, x.shape[0]))
-    assert_expected_inline(text(tidy(program).graph), """\
+    assert_expected_inline(
+        text(tidy(program).graph),
+        """\
 v0 = sym_size(leaves_0, 0)
 v1 = mul(v0, 2)
 v2 = mul(leaves_0, p_model_w)
 v3 = view(v2, [v1, 2])
 v4 = new_ones(v3, [v1, v0])
-return [v4]""")
+return [v4]""",
+    )
 
 
 def test_random_ops_are_never_merged() -> None:

@@ -122,7 +122,11 @@ def test_weight_norm_as_a_hook() -> None:
 
 
 def test_orthogonal_parametrization() -> None:
-    check_module(parametrizations.orthogonal(nn.Linear(D, D), orthogonal_map="matrix_exp"), torch.randn(3, T, D), batch_sizes=(3,))
+    check_module(
+        parametrizations.orthogonal(nn.Linear(D, D), orthogonal_map="matrix_exp"),
+        torch.randn(3, T, D),
+        batch_sizes=(3,),
+    )
 
 
 def test_lora_leaves_the_base_alone() -> None:

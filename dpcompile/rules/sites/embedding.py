@@ -16,7 +16,7 @@ from dpcompile.shapes import batch_first
 aten = torch.ops.aten
 
 # op -> (table, row numbers): embedding(table, ids), table.index_select(0, ids), table[ids]
-OPERANDS = {
+OPERANDS: dict[Any, tuple[str, str]] = {
     aten.embedding.default: ("weight", "indices"),
     aten.index_select.default: ("self", "index"),
     aten.index.Tensor: ("self", "indices[0]"),

@@ -93,6 +93,8 @@ class Fallback:
             with torch.enable_grad():
                 leaf = pick(arguments, slot).detach().requires_grad_()
                 result = call_bound(call.node.target, put(arguments, slot, leaf))
+            if not result.requires_grad:
+                return torch.zeros_like(leaf)
             return torch.autograd.grad(result, leaf, grad)[0]
 
         return gradient
