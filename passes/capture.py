@@ -141,9 +141,24 @@ def _register_known_outputs() -> None:
     """HF caches are returned by models but are a pytree only after this call; without transformers loaded, nothing."""
     if "transformers" not in sys.modules:
         return
+    from transformers.cache_utils import EncoderDecoderCache
     from transformers.integrations.executorch import register_dynamic_cache_export_support
 
     register_dynamic_cache_export_support()
+    if EncoderDecoderCache not in pytree.SUPPORTED_NODES:
+        pytree.register_pytree_node(
+            EncoderDecoderCache,
+            lambda cache: ([cache.self_attention_cache, cache.cross_attention_cache], None),
+            lambda parts, _: EncoderDecoderCache(*parts),
+            flatten_with_keys_fn=lambda cache: (
+                [
+                    (pytree.GetAttrKey("self_attention_cache"), cache.self_attention_cache),
+                    (pytree.GetAttrKey("cross_attention_cache"), cache.cross_attention_cache),
+                ],
+                None,
+            ),
+            serialized_type_name="transformers.EncoderDecoderCache",
+        )
 
 
 def _keep_no_grad_regions(module: fx.GraphModule) -> None:

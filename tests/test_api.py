@@ -389,6 +389,15 @@ def test_models_that_return_caches_return_them() -> None:
     assert dp_model.per_sample_norms.shape == (len(case.sample_input),)
 
 
+def test_an_encoder_decoder_returns_its_caches() -> None:
+    case = CASES["t5"]()
+    sample = {**case.sample_input, "use_cache": True}
+    out = dpcompile(case.model, sample)(**sample)
+    want = case.model(**sample)
+    assert type(out.past_key_values) is type(want.past_key_values)
+    torch.testing.assert_close(out.logits, want.logits)
+
+
 def test_buffers_that_count_steps_go_on_counting() -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:
