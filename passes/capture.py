@@ -150,15 +150,14 @@ def _register_known_outputs() -> None:
             EncoderDecoderCache,
             lambda cache: ([cache.self_attention_cache, cache.cross_attention_cache], None),
             lambda parts, _: EncoderDecoderCache(*parts),
-            flatten_with_keys_fn=lambda cache: (
-                [
-                    (pytree.GetAttrKey("self_attention_cache"), cache.self_attention_cache),
-                    (pytree.GetAttrKey("cross_attention_cache"), cache.cross_attention_cache),
-                ],
-                None,
-            ),
+            flatten_with_keys_fn=_caches_with_keys,
             serialized_type_name="transformers.EncoderDecoderCache",
         )
+
+
+def _caches_with_keys(cache: Any) -> Any:
+    names = ("self_attention_cache", "cross_attention_cache")
+    return [(pytree.GetAttrKey(name), getattr(cache, name)) for name in names], None
 
 
 def _keep_no_grad_regions(module: fx.GraphModule) -> None:
