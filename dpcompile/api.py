@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from dpcompile.calls import CallSpec, bind_sample
+from dpcompile.clipping import Clipping, clipping_of
 from dpcompile.device import DeviceSpec, spec_for
 from dpcompile.errors import CaptureError, DPCompileError
-from dpcompile.ir import Backward, OutputKind, Program, Tracked, Uses
+from dpcompile.ir import Backward, Draft, OutputKind, Program, Tracked, Uses
 from dpcompile.passes.capture import Captured, capture
 from dpcompile.passes.check_supported import check_supported
 from dpcompile.passes.choose_norms import POLICIES, choose_norms
@@ -23,6 +24,7 @@ from dpcompile.passes.find_sites import find_sites
 from dpcompile.passes.insert_norms import insert_norms
 from dpcompile.passes.normalise import normalise
 from dpcompile.passes.reweight_gradients import reweight_gradients
+from dpcompile.passes.rewrite import Order, Rewrite, rewrite
 from dpcompile.passes.split import split
 from dpcompile.passes.tidy import tidy
 from dpcompile.passes.trace_backward import loss_scale, trace_backward
@@ -30,6 +32,13 @@ from dpcompile.passes.track_batch import track_batch
 from dpcompile.plan import Plan
 from dpcompile.runtime import DPModule, Emitted
 from dpcompile.verify import verify
+
+REWRITES: tuple[Rewrite, ...] = (
+    insert_norms,  # reads the tensors of every site: before tidy drops what nothing reads yet
+    reweight_gradients,  # needs the clip factors
+    tidy,
+)
+"""What is written behind the traced backward, in order; the verifier runs behind each."""
 
 
 def dpcompile(
@@ -42,6 +51,9 @@ def dpcompile(
     batched: Any = None,
     loss_fn: Callable[..., torch.Tensor] | None = None,
     sample_targets: Any = None,
+    clipping: str = "abadi",
+    clip_groups: str | Sequence[str] | Mapping[str, float | None] = "flat",
+    views: int = 1,
 ) -> DPModule:
     """A module with the model's parameters, call and outputs, whose backward leaves clipped gradients.
 
@@ -60,6 +72,13 @@ def dpcompile(
         loss_fn: `f(outputs, targets)` giving per-sample losses [B] (or their sum or mean). Then
             `dp_model(x, targets=y)` gives the loss, and forward, backward, norms and clipping are one graph.
         sample_targets: targets of the sample, for `loss_fn`.
+        clipping: the clip factor of a gradient of norm n: "abadi" min(1, R/n), "auto-s" R/(n + 0.01), "auto-v" or
+            "normalise" R/n, "psac" R/(n + r/(n + r)) with r = 0.01. All bound the contribution by R.
+        clip_groups: which parameters share a norm: "flat" all; "per-layer" those of one module; or name patterns, or
+            a dict of pattern to bound. A group without a bound gets R / sqrt(number of groups).
+        views: K rows of the batch, one after another, are views of one sample (or records of one user): its gradient
+            is the mean over them, clipped as one (augmentation multiplicity, De et al. 2022). The model is called
+            with B K rows, `per_sample_norms` is [B].
 
     Raises:
         BatchMixingError: samples influence each other; every place is named.
@@ -67,7 +86,10 @@ def dpcompile(
         CaptureError: torch.export cannot capture the model, or the sample does not fit it.
         ValueError: an argument out of its range.
     """
-    _check_arguments(model, max_grad_norm, norm_method, loss_reduction, loss_fn, sample_targets)
+    _check_arguments(model, max_grad_norm, norm_method, loss_reduction, loss_fn, sample_targets, views)
+    _check_parameters(model)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    clip = clipping_of(trainable, max_grad_norm, clipping, clip_groups)
     analysis = analyse(
         model,
         sample_input,
@@ -75,10 +97,9 @@ def dpcompile(
         loss_fn=loss_fn,
         sample_targets=sample_targets,
         loss_reduction=loss_reduction,
+        views=views,
     )
-    plan = analysis.plan(norm_method)
-    emitted = analysis.emit(plan, mean=loss_reduction == "mean")
-    return DPModule(model, emitted, max_grad_norm)
+    return DPModule(model, analysis.emit(analysis.plan(norm_method), clip, mean=loss_reduction == "mean"))
 
 
 @dataclass(frozen=True)
@@ -110,23 +131,21 @@ class Analysis:
         readers = [GroupReader(group, self.program, self.tracked, backward) for group in self.uses.groups]
         return [reader for reader in readers if reader.sites]
 
-    def emit(self, plan: Plan, *, mean: bool) -> Emitted:
+    def emit(self, plan: Plan, clipping: Clipping | None = None, *, mean: bool = True) -> Emitted:
         """The emitted graphs: norms, clip factors and clipped sums written behind the traced backward."""
+        clipping = clipping or clipping_of(self.trainable, 1.0)
         backward = replace(self.backward, program=self.backward.program.copy())
-        readers = self._readers(backward)
-        scale = loss_scale(self.program, self.tracked) if self.fused else ("mean" if mean else "sum")
-        normed = insert_norms(backward.program, readers, plan, mean=scale == "mean", fused=self.fused)
-        verify(normed.program, "insert-norms")
-        program = verify(tidy(reweight_gradients(normed, readers, plan)), "reweight-gradients")
         if self.fused:
-            saved = sum(o.kind in (OutputKind.GRADIENT, OutputKind.NORMS) for o in program.outputs)
-            return Emitted(program, None, saved, self.call, self.captured.out_spec, plan, self.trainable)
-        parts = split(program)
-        verify(parts.forward, "split")
-        verify(parts.backward, "split")
-        return Emitted(
-            parts.forward, parts.backward, len(parts.saved), self.call, self.captured.out_spec, plan, self.trainable
-        )
+            mean = loss_scale(self.program, self.tracked) == "mean"
+        order = Order(tuple(self._readers(backward)), plan, clipping, mean, self.fused, self.call.views)
+        program = rewrite(REWRITES, Draft(backward.program), order).program
+        forward, back = program, None
+        saved = sum(o.kind in (OutputKind.GRADIENT, OutputKind.NORMS) for o in program.outputs)
+        if not self.fused:
+            parts = split(program)
+            forward, back = verify(parts.forward, "split"), verify(parts.backward, "split")
+            saved = len(parts.saved)
+        return Emitted(forward, back, saved, self.call, self.captured.out_spec, plan, clipping, mean, self.trainable)
 
 
 def analyse(
@@ -137,10 +156,11 @@ def analyse(
     loss_fn: Callable[..., torch.Tensor] | None = None,
     sample_targets: Any = None,
     loss_reduction: str = "mean",
+    views: int = 1,
 ) -> Analysis:
     """Capture, proof, uses and backward of a model. The model's training flags are left as they were."""
     _check_parameters(model)
-    call = bind_sample(model, sample_input, batched, sample_targets)
+    call = bind_sample(model, sample_input, batched, sample_targets, views)
     was_training = model.training
     flags = {module: module.training for module in model.modules()}
     if not was_training:
@@ -168,6 +188,7 @@ def _check_arguments(
     loss_reduction: str,
     loss_fn: object,
     sample_targets: object,
+    views: object,
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected model to be an nn.Module, got {type(model).__name__}.")
@@ -177,6 +198,8 @@ def _check_arguments(
         raise ValueError(f"Expected norm_method={norm_method!r} to be one of {', '.join(POLICIES)}.")
     if loss_reduction not in ("mean", "sum"):
         raise ValueError(f"Expected loss_reduction={loss_reduction!r} to be 'mean' or 'sum'.")
+    if not isinstance(views, int) or views < 1:
+        raise ValueError(f"Expected views={views!r} to be a whole number >= 1.")
     if (loss_fn is None) != (sample_targets is None):
         raise ValueError("Give loss_fn and sample_targets together: the fused form needs both.")
 

@@ -40,6 +40,7 @@ class CallSpec:
     leaves: tuple[LeafSpec, ...]
     batch_size: int  # of the sample
     device: torch.device
+    views: int = 1  # rows of the batch that are one sample: the program sees them as a dimension of their own
 
     def describe(self) -> str:
         parts = [
@@ -60,7 +61,9 @@ class CallSpec:
                 out.append(leaf.value)
             else:
                 shape = list(leaf.shape)
-                shape[leaf.batch_dim] = batch_size
+                shape[leaf.batch_dim : leaf.batch_dim + 1] = (
+                    [batch_size] if self.views == 1 else [batch_size, self.views]
+                )
                 out.append(torch.empty(shape, dtype=leaf.dtype, device=leaf.device))  # pages are never touched
         return tuple(out)
 
@@ -70,6 +73,24 @@ class CallSpec:
         targets = values.pop(TARGETS, None)
         args = tuple(values.pop(name) for name in self.positional)
         return args, values, targets
+
+    def as_rows(self, leaves: Sequence[Any]) -> list[Any]:
+        """Leaves of the program as the model takes them: views as rows of the batch."""
+        if self.views == 1:
+            return list(leaves)
+        return [
+            value if leaf.batch_dim is None else value.flatten(leaf.batch_dim, leaf.batch_dim + 1)
+            for leaf, value in zip(self.leaves, leaves, strict=True)
+        ]
+
+    def as_samples(self, leaves: Sequence[Any]) -> list[Any]:
+        """Leaves of a call as the program takes them: the inverse of `as_rows`."""
+        if self.views == 1:
+            return list(leaves)
+        return [
+            value if leaf.batch_dim is None else value.unflatten(leaf.batch_dim, (-1, self.views))
+            for leaf, value in zip(self.leaves, leaves, strict=True)
+        ]
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """Flat leaves of a later call, in the order of `leaves`.
@@ -101,7 +122,12 @@ class CallSpec:
     def batch_size_of(self, leaves: Sequence[Any]) -> int:
         for leaf, value in zip(self.leaves, leaves, strict=True):
             if leaf.batch_dim is not None:
-                return value.shape[leaf.batch_dim]
+                rows = value.shape[leaf.batch_dim]
+                if self.views > 1 and rows % self.views:
+                    raise CaptureError(
+                        f"call: `{leaf.name}` has {rows} rows; compiled for views={self.views} rows of each sample."
+                    )
+                return rows // self.views
         raise AssertionError("a call has at least one batched leaf")
 
 
@@ -126,7 +152,7 @@ def _check_leaf(leaf: LeafSpec, value: Any) -> None:
         )
 
 
-def bind_sample(model: nn.Module, sample_input: Any, batched: Any, targets: Any = None) -> CallSpec:
+def bind_sample(model: nn.Module, sample_input: Any, batched: Any, targets: Any = None, views: int = 1) -> CallSpec:
     """The calling pattern of a sample input.
 
     `batched` says where the batch lies when dim 0 of every tensor is not the answer: a dict of argument name to
@@ -157,8 +183,11 @@ def bind_sample(model: nn.Module, sample_input: Any, batched: Any, targets: Any 
             f"sample: the batch sizes of the sample tensors differ: {found}. Dim 0 of every tensor is taken as the "
             "batch; say otherwise with batched=, for example batched={'mask': None}."
         )
+    rows = next(iter(sizes.values()))
+    if rows % views:
+        raise CaptureError(f"sample: {rows} rows are not a multiple of views={views}.")
     tensors = [value for _, value in flat_with_paths if isinstance(value, torch.Tensor)]
-    return CallSpec(parameters, names, positional, spec, tuple(leaves), next(iter(sizes.values())), tensors[0].device)
+    return CallSpec(parameters, names, positional, spec, tuple(leaves), rows // views, tensors[0].device, views)
 
 
 def _arguments(model: nn.Module, sample_input: Any) -> tuple[tuple[str, ...], dict[str, Any]]:

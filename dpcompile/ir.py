@@ -17,7 +17,8 @@ class InputKind(Enum):
     CONSTANT = "constant"  # a tensor written as a literal in the model's code
     USER = "user"
     TANGENT = "tangent"  # gradient of a user output; split form only
-    BOUND = "bound"  # max_grad_norm as a 0-dim tensor
+    BOUND = "bound"  # [G] float64: max_grad_norm of every clip group
+    WEIGHT = "weight"  # [B]: how often each sample's clipped gradient counts
     HANDLE = "handle"  # where the backward records its norms; split form only
 
 
@@ -36,7 +37,7 @@ class OutputKind(Enum):
     USER = "user"
     BUFFER = "buffer"  # new value of a buffer, to be written back after the forward
     GRADIENT = "gradient"  # clipped gradient of a parameter
-    NORMS = "norms"  # [B] per-sample gradient norms
+    NORMS = "norms"  # [G, B] per-sample gradient norms of every clip group
 
 
 @dataclass(frozen=True)
@@ -235,10 +236,11 @@ class Backward:
 
 
 @dataclass(frozen=True)
-class Normed:
-    """A program that also holds the norms and the clip factors."""
+class Draft:
+    """A program on its way through the rewrites, with what each leaves for those behind it."""
 
     program: Program
-    norms: str  # [B] norms of the unscaled per-sample gradients
-    factor: str  # [B] clip factors
-    kept: Mapping[str, tuple[str, ...]]  # group -> per-sample gradients that are kept, in the order of its parameters
+    norms: str = ""  # [G, B] norms of the unscaled per-sample gradients
+    factors: Mapping[str, str] = field(default_factory=dict)  # placeholder of a parameter -> its [B] clip factors
+    kept: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Group -> per-sample gradients that are kept, in the order of its parameters."""

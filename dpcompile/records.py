@@ -19,7 +19,7 @@ def new_handle() -> int:
 
 
 def recorded(handle: int) -> torch.Tensor | None:
-    """[B] norms of the last backward under this handle; None before the first."""
+    """[G, B] norms of the last backward under this handle; None before the first."""
     return _norms.get(handle)
 
 
@@ -27,7 +27,7 @@ def write(handle: int, norms: torch.Tensor) -> None:
     """Keep the norms of one backward. ~handle stands for an empty batch, which ran as one padded sample."""
     kept = norms.detach().clone()  # a compiler reuses the memory of what it handed over
     if handle < 0:
-        _norms[~handle] = kept[:0]
+        _norms[~handle] = kept[:, :0]
     else:
         _norms[handle] = kept
 

@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from dpcompile import records
 from dpcompile.calls import TARGETS, CallSpec
-from dpcompile.errors import DPCompileError
+from dpcompile.clipping import Clipping, total_bound
+from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.ir import InputKind, Output, OutputKind, Program
 from dpcompile.plan import Plan
 from dpcompile.torch_internals import boxed
@@ -32,6 +33,8 @@ class Emitted:
     call: CallSpec
     out_spec: pytree.TreeSpec
     plan: Plan
+    clipping: Clipping
+    mean: bool  # the loss is a mean over samples
     trainable: tuple[str, ...]  # qualified names of the parameters that were trainable at compile time
 
     own: tuple[Output, ...] = field(init=False)  # the model's own results: outputs and new buffer values, in order
@@ -68,6 +71,9 @@ class Emitted:
         return Emitted, tuple(getattr(self, f.name) for f in fields(self) if f.init)
 
 
+WEIGHT = "sample_weight"  # an extra keyword of the call, unless the model's own forward has it
+
+
 class DPModule(nn.Module):
     """A model whose backward leaves clipped gradients. Made by `dpcompile.dpcompile`.
 
@@ -75,7 +81,7 @@ class DPModule(nn.Module):
     In eval mode, or without gradients, it is the model itself.
     """
 
-    def __init__(self, model: nn.Module, emitted: Emitted, max_grad_norm: float) -> None:
+    def __init__(self, model: nn.Module, emitted: Emitted) -> None:
         super().__init__()
         object.__setattr__(self, "module", model)  # not a submodule: names stay the model's own
         self._emitted = emitted
@@ -84,7 +90,9 @@ class DPModule(nn.Module):
         self._held = [named[i.target] for i in emitted.forward.inputs if i.kind is InputKind.PARAMETER]
         self._share()
         self.training = model.training
-        self._bound = float(max_grad_norm)
+        self._set_bounds([group.bound for group in emitted.clipping.groups])
+        self._weight: torch.Tensor | None = None
+        self._summed = False
         self._handle = records.new_handle()
         weakref.finalize(self, records.forget, self._handle)
 
@@ -115,13 +123,54 @@ class DPModule(nn.Module):
         return self.backward_module or self.forward_module
 
     @property
+    def clipping(self) -> Clipping:
+        """The clip function and groups that were compiled."""
+        return self._emitted.clipping
+
+    @property
     def max_grad_norm(self) -> float:
-        """R, the bound on each sample's contribution."""
-        return self._bound
+        """R, the bound on what one sample contributes to all gradients together. May be set between steps."""
+        return total_bound(list(self._bounds))
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float) -> None:
+        if not value > 0:
+            raise ValueError(f"Expected max_grad_norm={value!r} > 0.")
+        now = self.max_grad_norm
+        infinite = value == float("inf") or now == float("inf")
+        share = value / len(self._bounds) ** 0.5
+        self._set_bounds([share if infinite else bound * (value / now) for bound in self._bounds])
+
+    @property
+    def max_grad_norms(self) -> dict[str, float]:
+        """R of every clip group. May be set between steps; the graph stays as it is."""
+        return {group.name: bound for group, bound in zip(self.clipping.groups, self._bounds, strict=True)}
+
+    @max_grad_norms.setter
+    def max_grad_norms(self, values: Mapping[str, float]) -> None:
+        names = [group.name for group in self.clipping.groups]
+        if sorted(values) != sorted(names) or not all(value > 0 for value in values.values()):
+            raise ValueError(f"Expected a bound > 0 for each of the clip groups {names}, got {dict(values)}.")
+        self._set_bounds([values[name] for name in names])
+
+    def _set_bounds(self, bounds: Sequence[float]) -> None:
+        if self.__dict__.get("_bounds_fixed_by") is not None:
+            raise PrivacyError(f"max_grad_norm: {self._bounds_fixed_by}.")
+        self._bounds = tuple(float(bound) for bound in bounds)
+        self._bound = torch.tensor(self._bounds, dtype=torch.float64)  # an input of the graph: no new compilation
 
     @property
     def per_sample_norms(self) -> torch.Tensor:
         """[B] norms of the unscaled per-sample gradients of the last backward, detached. Not private."""
+        norms = self._recorded()
+        return norms[0] if norms.shape[0] == 1 else norms.square().sum(0).sqrt()
+
+    @property
+    def per_group_norms(self) -> dict[str, torch.Tensor]:
+        """The same for every clip group: [B] norms by name. Not private."""
+        return {group.name: norms for group, norms in zip(self.clipping.groups, self._recorded(), strict=True)}
+
+    def _recorded(self) -> torch.Tensor:
         norms = records.recorded(self._handle)
         if norms is None:
             raise DPCompileError("per_sample_norms: there was no backward yet.")
@@ -133,12 +182,14 @@ class DPModule(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return self._inference(args, kwargs)
         self._check_unchanged()
+        weight = kwargs.pop(WEIGHT, self._weight) if WEIGHT not in self._emitted.call.names else self._weight
         leaves = self._emitted.call.flatten(args, kwargs)
         size = self._emitted.call.batch_size_of(leaves)
         padded = _pad_empty(self._emitted.call, leaves) if size == 0 else leaves
+        weight = self._weight_of(weight, size, padded)
         if self._emitted.backward is None:
-            return self._fused(padded, empty=size == 0)
-        return self._split(padded, empty=size == 0)
+            return self._fused(padded, weight, empty=size == 0)
+        return self._split(padded, weight, empty=size == 0)
 
     def _inference(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model itself. Parameters enter detached: no gradient could be clipped on this way."""
@@ -148,29 +199,40 @@ class DPModule(nn.Module):
         held = {name: p.detach() for name, p in self.module.named_parameters()}
         return torch.func.functional_call(self.module, held, args, kwargs)
 
-    def _split(self, leaves: list[Any], *, empty: bool) -> Any:
+    def _split(self, leaves: list[Any], weight: torch.Tensor, *, empty: bool) -> Any:
         emitted = self._emitted
         assert emitted.backward is not None
-        primals = self._primals(emitted.forward, leaves)
+        primals = self._primals(emitted.forward, emitted.call.as_samples(leaves))
         flat = _PrivateFunction.apply(
-            emitted, self._bound_tensor(primals), ~self._handle if empty else self._handle, *primals
+            emitted, self._bound_tensor(primals), weight, ~self._handle if empty else self._handle, *primals
         )
         flat = self._write_buffers(flat)
         if empty:
             flat = [value[:0] if isinstance(value, torch.Tensor) and value.dim() else value for value in flat]
         return pytree.tree_unflatten(flat, emitted.out_spec)
 
-    def _fused(self, leaves: list[Any], *, empty: bool) -> Any:
+    def _fused(self, leaves: list[Any], weight: torch.Tensor, *, empty: bool) -> Any:
         emitted = self._emitted
-        primals = self._primals(emitted.forward, leaves)
-        flat = _FusedFunction.apply(emitted, self._bound_tensor(primals), empty, *primals)
+        primals = self._primals(emitted.forward, emitted.call.as_samples(leaves))
+        flat = _FusedFunction.apply(emitted, self._bound_tensor(primals), weight, empty, *primals)
         *flat, norms = flat
         records.write(~self._handle if empty else self._handle, norms)
         (loss,) = self._write_buffers(flat)
         return loss
 
     def _bound_tensor(self, primals: list[Any]) -> torch.Tensor:
-        return torch.tensor(self._bound, dtype=torch.float64, device=primals[0].device)
+        return self._bound.to(primals[0].device)
+
+    def _weight_of(self, given: torch.Tensor | None, size: int, leaves: list[Any]) -> torch.Tensor:
+        """[B] how often each sample counts in the clipped sum; with `_summed` a mean's 1/B is taken back."""
+        device = next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
+        if given is None or size == 0:
+            weight = torch.ones(max(size, 1), device=device)
+        else:
+            if given.shape != (size,):
+                raise ValueError(f"Expected sample_weight of shape [{size}], got {list(given.shape)}.")
+            weight = given.to(device, torch.float32)
+        return weight * size if self._summed and self._emitted.mean else weight
 
     def _primals(self, program: Program, leaves: list[Any]) -> list[Any]:
         users, parameters = iter(leaves), iter(self._held)
@@ -246,7 +308,7 @@ class DPModule(nn.Module):
         weakref.finalize(self, records.forget, self._handle)
 
     def __repr__(self) -> str:
-        return f"DPModule(max_grad_norm={self._bound:g}, {self.module!r})"
+        return f"DPModule(max_grad_norm={self.max_grad_norm:g}, {self.module!r})"
 
 
 def _changed_message(then: tuple[str, ...], now: tuple[str, ...], replaced: list[str]) -> str:
@@ -269,7 +331,7 @@ def _pad_empty(call: CallSpec, leaves: list[Any]) -> list[Any]:
             padded.append(value)
         else:
             shape = list(value.shape)
-            shape[leaf.batch_dim] = 1
+            shape[leaf.batch_dim] = call.views
             padded.append(value.new_zeros(shape))
     return padded
 
@@ -278,11 +340,13 @@ class _PrivateFunction(torch.autograd.Function):
     """The split form: the emitted forward, and behind it the emitted backward."""
 
     @staticmethod
-    def forward(ctx: Any, emitted: Emitted, bound: torch.Tensor, handle: int, *primals: Any) -> Any:
+    def forward(
+        ctx: Any, emitted: Emitted, bound: torch.Tensor, weight: torch.Tensor, handle: int, *primals: Any
+    ) -> Any:
         results = emitted.forward.module.forward(*primals)
         count = len(results) - emitted.saved
         ctx.emitted, ctx.handle = emitted, handle
-        ctx.save_for_backward(bound, *results[count:])
+        ctx.save_for_backward(bound, weight, *results[count:])
         ctx.mark_non_differentiable(*[results[i] for i in emitted.fixed])
         return tuple(results[:count])
 
@@ -291,25 +355,27 @@ class _PrivateFunction(torch.autograd.Function):
         emitted = ctx.emitted
         tangents = [grads[i].contiguous() for i in emitted.tangents]
         if torch.compiler.is_compiling():
-            bound, *saved = ctx.saved_tensors
-            results = emitted.backward.module.forward(*saved, *tangents, bound, ctx.handle)
+            bound, weight, *saved = ctx.saved_tensors
+            results = emitted.backward.module.forward(*saved, *tangents, bound, weight, ctx.handle)
         else:
-            bound, *saved = ctx.saved_tensors
+            bound, weight, *saved = ctx.saved_tensors
             ctx.maybe_clear_saved_tensors()  # from here on the graph alone holds them, and lets go after the last use
-            boxed = [*saved, *tangents, bound, ctx.handle]
+            boxed = [*saved, *tangents, bound, weight, ctx.handle]
             del saved, tangents, grads
             results = emitted.boxed_backward(boxed)
         if ctx.handle < 0:  # an empty batch: its stand-in sample may have a gradient that is not finite
             results = [torch.zeros_like(value) for value in results]
-        return (None, None, None, *[None if at is None else results[at] for at in emitted.gradients])
+        return (None, None, None, None, *[None if at is None else results[at] for at in emitted.gradients])
 
 
 class _FusedFunction(torch.autograd.Function):
     """The fused form: gradients are results of the forward; the backward hands them over."""
 
     @staticmethod
-    def forward(ctx: Any, emitted: Emitted, bound: torch.Tensor, empty: bool, *primals: Any) -> Any:
-        results = emitted.forward.module.forward(*primals, bound)
+    def forward(
+        ctx: Any, emitted: Emitted, bound: torch.Tensor, weight: torch.Tensor, empty: bool, *primals: Any
+    ) -> Any:
+        results = emitted.forward.module.forward(*primals, bound, weight)
         count = len(results) - emitted.saved  # the model's own results; then gradients and norms
         *gradients, norms = results[count:]
         ctx.emitted, ctx.empty = emitted, empty
@@ -326,4 +392,4 @@ class _FusedFunction(torch.autograd.Function):
             gradients = [torch.zeros_like(g) for g in gradients]
         elif torch.compiler.is_compiling() or scale.device.type != "cpu" or scale.item() != 1.0:
             gradients = [g * scale for g in gradients]
-        return (None, None, None, *[None if at is None else gradients[at] for at in ctx.emitted.gradients])
+        return (None, None, None, None, *[None if at is None else gradients[at] for at in ctx.emitted.gradients])

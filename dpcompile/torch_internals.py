@@ -110,7 +110,7 @@ def _trace_vmapped(fn: Callable[..., Any], values: Sequence[Any]) -> torch.fx.Gr
         ]
         with without_vmap_loops():
             module = make_fx(fn, tracing_mode="real")(*concrete)
-    source, dim, hint = _batch_of(values)
+    source, dim, fold, hint = _batch_of(values)
     graph = module.graph
     placeholders = graph.find_nodes(op="placeholder")
     made: dict[int, torch.fx.Node] = {}
@@ -120,12 +120,17 @@ def _trace_vmapped(fn: Callable[..., Any], values: Sequence[Any]) -> torch.fx.Gr
             return size
         if size not in made:
             with graph.inserting_after(placeholders[-1]):
-                read = graph.call_function(aten.sym_size.int, (placeholders[source], dim))
-            with graph.inserting_after(read):
-                made[size] = graph.call_function(operator.mul, (read, size // hint))
+                batch = graph.call_function(aten.sym_size.int, (placeholders[source], dim))
+            if fold > 1:
+                with graph.inserting_after(batch):
+                    batch = graph.call_function(operator.floordiv, (batch, fold))
+            with graph.inserting_after(batch):
+                made[size] = graph.call_function(operator.mul, (batch, size // hint))
         return made[size]
 
     for node in list(graph.nodes):
+        if node.target is aten.view.default:  # the strides of the trace were those of plain tensors
+            node.target = aten.reshape.default
         if node.op == "call_function":
             node.args = tuple(
                 [freed(item) for item in arg] if isinstance(arg, (list, tuple)) else freed(arg) for arg in node.args
@@ -158,13 +163,17 @@ def _number(size: int | torch.SymInt) -> int:
     return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
-def _batch_of(values: Sequence[Any]) -> tuple[int, int, int]:
-    """(input, dimension, traced size) of the batch."""
+def _batch_of(values: Sequence[Any]) -> tuple[int, int, int, int]:
+    """(input, dimension, rows of each sample in it, traced batch size) of the input that shows the batch best."""
+    found = []
     for i, value in enumerate(values):
         for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
-                return i, dim, size.node.hint
-    raise AssertionError("a per-sample function has a batched input")
+            if isinstance(size, torch.SymInt):
+                (symbol,) = size.node.expr.free_symbols
+                fold = int(size.node.expr / symbol)
+                found.append((fold, i, dim, size.node.hint // fold))
+    fold, i, dim, hint = min(found)
+    return i, dim, fold, hint
 
 
 def boxed(module: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:

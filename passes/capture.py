@@ -60,7 +60,7 @@ class _Root(nn.Module):
         ]
         for size in sizes[1:]:
             torch._check(size == sizes[0])  # one symbol for the batch, whichever input it is read from
-        args, kwargs, targets = self._call.unflatten(leaves)
+        args, kwargs, targets = self._call.unflatten(self._call.as_rows(leaves))
         result = self.model(*args, **kwargs)
         if self._loss_fn is not None:
             result = self._reduced(self._loss_fn(result, targets))
@@ -75,6 +75,8 @@ class _Root(nn.Module):
             raise CaptureError(f"capture: loss_fn must return per-sample losses [B] or a scalar, got {found}.")
         if loss.dim() == 0:
             return loss
+        if self._call.views > 1:
+            loss = loss.unflatten(0, (-1, self._call.views)).mean(1)
         return loss.mean() if self._loss_reduction == "mean" else loss.sum()
 
 
@@ -125,6 +127,11 @@ def _capture_message(model: nn.Module, call: CallSpec, error: Exception) -> str:
         ),
         "",
     )
+    if "specialized it to be a constant" in reason:
+        return (
+            f"capture: the forward of {type(model).__name__} makes a plain number of the batch size, with "
+            f"{call.describe()}.\n  len(x), int(x.shape[0]) or a literal does so: write x.shape[0]."
+        )
     return (
         f"capture: {type(model).__name__} cannot be captured with {call.describe()}.\n"
         f"  {type(error).__name__}: {reason}" + (f"\n  at {frame}" if frame else "")

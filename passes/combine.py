@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from dpcompile.forms import Explicit, Form, explicit, merge, sq_norm, transposed
+from dpcompile.forms import Explicit, Form, explicit, merge, transposed
 from dpcompile.ir import Backward, Chain, Derived, Group, Program, Site, Space, Tracked
 from dpcompile.passes.find_sites import call_of
 from dpcompile.rules.sites import BY_NAME
@@ -96,11 +96,15 @@ class GroupReader:
         env = dict(zip(self._sources, sources, strict=True))
         return [env[name] for name in self.group.params]
 
-    def pulled_back(self, tensors: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """[B, *param] for each parameter of the group: every sample's gradient carried through the derived values."""
+    def pulled_back(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """[B, *param] for each parameter of the group: every sample's gradient carried through the derived values.
+
+        Reads the reader's inputs and behind them its sources.
+        """
+        sources = tensors[len(self.inputs) :]
         params = self.params(sources)
         by_value: dict[str, list[Form]] = {}
-        for site, form in self.forms(tensors):
+        for site, form in self.forms(tensors[: len(self.inputs)]):
             by_value.setdefault(site.value, []).append(form)
         totals: list[torch.Tensor | None] = [None] * len(params)
         for name, forms in by_value.items():
@@ -117,15 +121,6 @@ class GroupReader:
             total if total is not None else first.new_zeros((first.shape[0], *param.shape))
             for total, param in zip(totals, params, strict=True)
         ]
-
-    def pullback_norm(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Squared norm [B] and per-sample gradients of every parameter, from the reader's inputs and sources."""
-        count = len(self.inputs)
-        grads = self.pulled_back(tensors[:count], tensors[count:])
-        total = sq_norm(grads[0])
-        for grad in grads[1:]:
-            total = total + sq_norm(grad)
-        return [total, *grads]
 
     def plain_sites(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Gradients of the values at vmapped sites as plain training computes them; for flop counts."""

@@ -94,7 +94,7 @@ def _counted(reader: GroupReader, parts: Sequence[Part], e: int) -> Part:
     group, mode = reader.group, fake_mode_of(reader.inputs[0].graph)
     pullback = group.space is Space.PULLBACK
     inputs = [*reader.inputs, *reader.sources] if pullback else reader.inputs
-    fn = reader.pullback_norm if pullback else lambda *tensors: [reader.explicit_sum(tensors)]
+    fn = reader.pulled_back if pullback else lambda *tensors: [reader.explicit_sum(tensors)]
     traced = trace(fn, *(node.meta["val"] for node in inputs), mode=mode, vmapped=True).graph
     traced.eliminate_dead_code()  # as inlining does
     own = sum(

@@ -1,8 +1,9 @@
-"""insert-norms: the squared norm of every group behind its gradients, their join, and the clip factors."""
+"""insert-norms: the squared norm of every group behind its gradients, their joins, and the clip factors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,54 +12,91 @@ from torch import fx
 from dpcompile import records  # registers the op that carries norms out of a compiled backward
 from dpcompile.forms import Explicit, ghost_sq_norm, sq_norm
 from dpcompile.inline import inline
-from dpcompile.ir import Input, InputKind, Normed, Program, Space
+from dpcompile.ir import Draft, Input, InputKind, Program, Space
 from dpcompile.passes.combine import GroupReader
-from dpcompile.plan import Method, Plan
+from dpcompile.passes.rewrite import Order
+from dpcompile.plan import Method
 from dpcompile.torch_internals import fake_mode_of
 
 
-def insert_norms(program: Program, readers: Sequence[GroupReader], plan: Plan, *, mean: bool, fused: bool) -> Normed:
+def insert_norms(draft: Draft, order: Order) -> Draft:
     """The program with norms and clip factors.
 
-    C_i = min(1, R / ||g_i||) (Abadi et al. 2016, algorithm 1). In the split form a loss that is a mean over samples
-    hands over 1/B of each sample's own gradient: with `mean` the norm is multiplied back by B. In the fused form the
-    gradients are each sample's own, and with `mean` the factors carry the 1/B. The norms leave as a result of the
-    fused graph, and through records.record_norms where the backward is a graph of its own.
+    One norm for each clip group, as soon as the gradients of its parameters are there: with one group for each layer
+    a layer is clipped before the backward goes on, and nothing of it is kept (NanoBatch Privacy, arXiv:2109.12191).
+
+    In the split form a loss that is a mean over samples hands over 1/B of each sample's own gradient: the norm is
+    multiplied back by B. In the fused form the gradients are each sample's own, and the factors carry the 1/B. The
+    norms leave as a result of the fused graph, and through records.record_norms where the backward is its own graph.
     """
+    program, clipping = draft.program, order.clipping
     graph = program.graph
-    nodes = program.nodes()
-    totals = []
+    targets = {i.node: i.target for i in program.inputs}
+    totals: list[list[fx.Node]] = [[] for _ in clipping.groups]
+    clip_group: dict[str, int] = {}
     kept: dict[str, tuple[str, ...]] = {}
-    for reader in readers:
-        method = plan.method(reader.group.name)
-        if reader.group.space is Space.PULLBACK:
-            first, *gradients = inline(
-                graph, reader.pullback_norm, [*reader.inputs, *reader.sources], "norm", vmapped=True
-            )
-        else:
-            first, *gradients = inline(graph, _norm(reader, method), reader.inputs, "norm", vmapped=reader.vmapped)
-        totals.append(first)
+    for reader in order.readers:
+        own = {p: clipping.group_of(targets[p]) for p in reader.group.params}
+        clip_group |= own
+        parts = list(dict.fromkeys(own.values()))
+        norms, gradients = _norms_of(graph, reader, order, [[own[p] == part for p in own] for part in parts])
+        for part, norm in zip(parts, norms, strict=True):
+            totals[part].append(norm)
         if gradients:
             kept[reader.group.name] = tuple(node.name for node in gradients)
-    device = _device(nodes, program)
-    with fake_mode_of(graph):
-        bound = _placeholder(graph, "max_grad_norm", torch.empty((), dtype=torch.float64, device=device))
-    (norms,) = inline(graph, _join(mean and not fused), totals, "norm")
-    inputs = (*program.inputs, Input(bound.name, InputKind.BOUND))
-    if not fused:
+    bound, weight = _bound_and_weight(program, len(clipping.groups))
+    inputs = (*program.inputs, Input(bound.name, InputKind.BOUND), Input(weight.name, InputKind.WEIGHT))
+    alive = [i for i, parts in enumerate(totals) if parts]
+    norms = {i: inline(graph, _join(order), totals[i], "norm")[0] for i in alive}
+    last = max(alive, key=lambda i: norms[i]._sort_key)
+    (stacked,) = inline(graph, _stack(alive, len(clipping.groups)), [norms[i] for i in alive], "norm")
+    if not order.fused:
         handle = _placeholder(graph, "handle", 0)
         inputs = (*inputs, Input(handle.name, InputKind.HANDLE))
-        with graph.inserting_after(norms):
-            recorded = graph.call_function(records.OP, (norms, handle))
-        recorded.meta = dict(norms.meta)
-        norms = recorded
-    (factor,) = inline(graph, _factor(mean and fused), [norms, bound], "norm")
-    return Normed(
-        Program(program.module, inputs, program.outputs, program.batch, program.constants),
-        norms.name,
-        factor.name,
-        kept,
+        with graph.inserting_after(stacked):
+            recorded = graph.call_function(records.OP, (stacked, handle))
+        recorded.meta = dict(stacked.meta)
+        stacked = recorded
+    # The last factors are read off the record, so that no compiler drops it; earlier layers need not wait for it.
+    factors = {
+        i: inline(
+            graph,
+            _factor(order, i, stacked=i == last),
+            [stacked if i == last else norms[i], bound, weight],
+            "norm",
+        )[0]
+        for i in alive
+    }
+    return replace(
+        draft,
+        program=replace(program, inputs=inputs),
+        norms=stacked.name,
+        factors={param: factors[i].name for param, i in clip_group.items()},
+        kept=kept,
     )
+
+
+def _norms_of(
+    graph: fx.Graph, reader: GroupReader, order: Order, parts: Sequence[Sequence[bool]]
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Squared norms, one for each part of the group's parameters, and the per-sample gradients that are kept."""
+    if reader.group.space is Space.PULLBACK:
+        made = inline(graph, _pulled_back(reader, parts), [*reader.inputs, *reader.sources], "norm", vmapped=True)
+    else:
+        made = inline(
+            graph, _norm(reader, order.plan.method(reader.group.name)), reader.inputs, "norm", vmapped=reader.vmapped
+        )
+    return made[: len(parts)], made[len(parts) :]
+
+
+def _bound_and_weight(program: Program, groups: int) -> tuple[fx.Node, fx.Node]:
+    nodes = program.nodes()
+    device = next(nodes[i.node].meta["val"].device for i in program.inputs if i.kind is InputKind.PARAMETER)
+    with fake_mode_of(program.graph):
+        bound = torch.empty(groups, dtype=torch.float64, device=device)
+        weight = torch.empty([program.batch], device=device)  # pyright: ignore[reportArgumentType]
+    made = _placeholder(program.graph, "max_grad_norm", bound)
+    return made, _placeholder(program.graph, "sample_weight", weight)
 
 
 def _placeholder(graph: fx.Graph, name: str, value: Any) -> fx.Node:
@@ -68,27 +106,34 @@ def _placeholder(graph: fx.Graph, name: str, value: Any) -> fx.Node:
     return node
 
 
-def _join(mean: bool):
+def _join(order: Order):
     def join(*parts: torch.Tensor) -> list[torch.Tensor]:
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        norms = total.sqrt()
-        return [norms * norms.shape[0] if mean else norms]
+        norms = _total(parts).sqrt()
+        if order.fused:
+            return [norms]
+        return [norms * norms.shape[0] if order.mean else norms / order.views if order.views > 1 else norms]
 
     return join
 
 
-def _factor(mean: bool):
-    def factor(norms: torch.Tensor, bound: torch.Tensor) -> list[torch.Tensor]:
-        clipped = (bound / norms).clamp(max=1.0)
-        return [clipped / norms.shape[0] if mean else clipped]
+def _stack(alive: Sequence[int], count: int):
+    def stack(*norms: torch.Tensor) -> list[torch.Tensor]:
+        given = dict(zip(alive, norms, strict=True))
+        zero = torch.zeros_like(norms[0])
+        return [torch.stack([given.get(i, zero) for i in range(count)])]
+
+    return stack
+
+
+def _factor(order: Order, group: int, *, stacked: bool):
+    def factor(norms: torch.Tensor, bound: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+        own = norms[group] if stacked else norms
+        clipped = order.clipping.factor(own, bound[group]) * weight.to(own.dtype)
+        if order.fused:
+            return [clipped / own.shape[0] if order.mean else clipped]
+        return [clipped / order.views if order.views > 1 and not order.mean else clipped]
 
     return factor
-
-
-def _device(nodes: Mapping[str, fx.Node], program: Program) -> torch.device:
-    return next(nodes[i.node].meta["val"].device for i in program.inputs if i.kind is InputKind.PARAMETER)
 
 
 def _norm(reader: GroupReader, method: Method):
@@ -100,3 +145,20 @@ def _norm(reader: GroupReader, method: Method):
         return [sq_norm(grad)] + ([grad] if method is Method.KEPT else [])
 
     return norm
+
+
+def _pulled_back(reader: GroupReader, parts: Sequence[Sequence[bool]]):
+    def norms(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        grads = reader.pulled_back(*tensors)
+        squares = [sq_norm(grad) for grad in grads]
+        sums = [_total([s for s, mine in zip(squares, part, strict=True) if mine]) for part in parts]
+        return [*sums, *grads]
+
+    return norms
+
+
+def _total(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

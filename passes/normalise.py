@@ -76,6 +76,7 @@ REWRITES: dict[Any, tuple[tuple[str, ...], Callable[..., torch.Tensor]]] = {
 
 def normalise(program: Program) -> Program:
     """The captured program, rewritten where REWRITES says so, with the dead bookkeeping of export removed."""
+    program = program.copy()
     graph = program.graph
     for node in list(graph.nodes):
         if node.op == "call_function" and "_assert" in str(node.target):

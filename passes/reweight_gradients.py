@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx
 
 from dpcompile.forms import weighted_sum, weighted_sum_kept
 from dpcompile.inline import inline
-from dpcompile.ir import Chain, Normed, Output, OutputKind, Program, Space
+from dpcompile.ir import Chain, Draft, Output, OutputKind, Space
 from dpcompile.passes.combine import GroupReader
-from dpcompile.plan import Plan
+from dpcompile.passes.rewrite import Order
 
 
-def reweight_gradients(normed: Normed, readers: Sequence[GroupReader], plan: Plan) -> Program:
-    """The program whose results also include, for every used parameter, sum_i C_i g_i; and the norms."""
-    program = normed.program
+def reweight_gradients(draft: Draft, order: Order) -> Draft:
+    """The program whose results also include, for every used parameter, sum_i w_i C_i g_i; and the norms."""
+    program = draft.program
     graph = program.graph
-    nodes = {node.name: node for node in graph.nodes}
-    factor = nodes[normed.factor]
+    nodes = program.nodes()
     sums: dict[str, list[fx.Node]] = {}
-    for reader in readers:
+    for reader in order.readers:
         group = reader.group
-        kept = [nodes[name] for name in normed.kept.get(group.name, ())]
+        kept = [nodes[name] for name in draft.kept.get(group.name, ())]
+        factor = nodes[draft.factors[group.params[0]]]
         if group.space is Space.PULLBACK:
             for param, gradient in zip(group.params, kept, strict=True):
+                factor = nodes[draft.factors[param]]
                 sums.setdefault(param, []).extend(inline(graph, _kept_sum, [factor, gradient], "sum"))
             continue
         if kept:
@@ -40,8 +41,8 @@ def reweight_gradients(normed: Normed, readers: Sequence[GroupReader], plan: Pla
     for param, parts in sums.items():
         (total,) = parts if len(parts) == 1 else inline(graph, _add, parts, "sum")
         gradients.append(Output(total.name, OutputKind.GRADIENT, targets[param]))
-    outputs = (*program.outputs, *gradients, Output(normed.norms, OutputKind.NORMS))
-    return Program(program.module, program.inputs, outputs, program.batch, program.constants)
+    outputs = (*program.outputs, *gradients, Output(draft.norms, OutputKind.NORMS))
+    return replace(draft, program=replace(program, outputs=outputs))
 
 
 def _kept_sum(factor: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:

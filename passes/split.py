@@ -22,7 +22,7 @@ class Split:
     saved: tuple[str, ...]  # nodes of the forward graph, inputs among them
 
 
-_LATE = (InputKind.TANGENT, InputKind.BOUND, InputKind.HANDLE)
+_LATE = (InputKind.TANGENT, InputKind.BOUND, InputKind.WEIGHT, InputKind.HANDLE)
 
 
 def split(program: Program) -> Split:

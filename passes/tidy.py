@@ -11,15 +11,21 @@ import torch
 from torch import fx
 
 from dpcompile.inline import PHASE
-from dpcompile.ir import Program
+from dpcompile.ir import Draft, Program
+from dpcompile.passes.rewrite import Order
 
 aten = torch.ops.aten
 
 _NO_OPS = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default}
 
 
-def tidy(program: Program) -> Program:
+def tidy(draft: Draft, _order: Order) -> Draft:
     """The program with exactly its declared outputs as results and nothing that they do not need."""
+    return replace(draft, program=tidied(draft.program))
+
+
+def tidied(program: Program) -> Program:
+    """The bundle of small passes below, on a program."""
     graph = program.graph
     nodes = program.nodes()
     output = graph.find_nodes(op="output")[0]

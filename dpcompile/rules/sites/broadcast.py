@@ -53,7 +53,9 @@ class Broadcast:
             elif axis.folded:
                 arguments = put(arguments, slot, _unfolded(value, axis, rank, call.axis(slot) is not None))
         if call.node.target is aten.expand.default and axis.folded:
-            raise AssertionError("an expanded dimension is never folded")
+            sizes = list(arguments["size"])
+            sizes[axis.dim : axis.dim + 1] = [axis.outer, batch, axis.inner]
+            arguments = {**arguments, "size": sizes}
         result = call_bound(call.node.target, arguments)
         if axis.folded:
             result = result.flatten(axis.dim, axis.dim + 2)
@@ -61,7 +63,7 @@ class Broadcast:
 
     def _batch(self, call: Call, arguments: dict[str, Any], axis: Axis) -> Any:
         if call.node.target is aten.expand.default:
-            return arguments["size"][axis.dim]
+            return arguments["size"][axis.dim] // (axis.outer * axis.inner)
         for slot in slots_of(call.arguments):
             own = call.axis(slot)
             if own is not None:
