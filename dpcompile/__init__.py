@@ -10,6 +10,7 @@ from dpcompile.errors import (
     PrivacyError,
 )
 from dpcompile.plan import Plan
+from dpcompile.private import Private, make_private
 from dpcompile.runtime import DPModule
 
 __version__ = "0.1.0"
@@ -23,6 +24,8 @@ __all__ = [
     "NoRuleError",
     "Plan",
     "PrivacyError",
+    "Private",
     "__version__",
     "dpcompile",
+    "make_private",
 ]

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dpcompile.api import Analysis, analyse
 from dpcompile.calls import bind_sample
+from dpcompile.cli_privacy import register
 from dpcompile.device import spec_for
 from dpcompile.drawing import flow_of, uses_of, write_svg
 from dpcompile.errors import CaptureError, DPCompileError
@@ -145,6 +146,9 @@ def graph(
             return
         write_svg(drawn, svg, f"{type(loaded.model).__name__}: {part.value}")
         _say(f"{svg}: {drawn.number_of_nodes()} nodes")
+
+
+register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

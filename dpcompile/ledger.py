@@ -212,6 +212,13 @@ class Ledger:
         self._entries = loaded._entries
         self._countdown = None
 
+    def joined(self, other: Ledger) -> Ledger:
+        """The longer of two ledgers of one run. PrivacyError if neither continues the other."""
+        shorter, longer = sorted((self, other), key=len)
+        copied = Ledger.from_state_dict(shorter.state_dict())
+        copied.load_state_dict(longer.state_dict())
+        return copied
+
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Ledger:
         """A ledger as `state` has it. PrivacyError if it is malformed or of a later format."""

@@ -93,6 +93,7 @@ class DPModule(nn.Module):
         self._set_bounds([group.bound for group in emitted.clipping.groups])
         self._weight: torch.Tensor | None = None
         self._summed = False
+        self._times = torch.zeros((), dtype=torch.int64)  # changed by every fused step: see records.py
         self._handle = records.new_handle()
         weakref.finalize(self, records.forget, self._handle)
 
@@ -216,7 +217,7 @@ class DPModule(nn.Module):
         primals = self._primals(emitted.forward, emitted.call.as_samples(leaves))
         flat = _FusedFunction.apply(emitted, self._bound_tensor(primals), weight, empty, *primals)
         *flat, norms = flat
-        records.write(~self._handle if empty else self._handle, norms)
+        records.HAND_OVER(norms, self._times, ~self._handle if empty else self._handle)
         (loss,) = self._write_buffers(flat)
         return loss
 

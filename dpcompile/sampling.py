@@ -347,6 +347,8 @@ class PrivateLoader:
         self.dataset = dataset
         self.sampler = sampler
         self.on_batch = on_batch
+        self.on_begin: Callable[[], None] | None = None  # called when a `for` begins
+        self.begins_epoch = True  # whether the last logical batch that was completed was the first of its epoch
         collate = options.pop("collate_fn", None) or default_collate
         # Its own generator: without one, each `for` would move torch's global one, and a resumed run would differ.
         generator = torch.Generator().manual_seed(torch.initial_seed())
@@ -383,6 +385,8 @@ class PrivateLoader:
             self.sampler.restart()
         self._resumed = False
         self._position = self.sampler.position
+        if self.on_begin is not None:
+            self.on_begin()
         planned = self._plan.begin(self._logical_steps)
         for batch in self._loader:
             self._plan.check_current(planned)
@@ -390,6 +394,7 @@ class PrivateLoader:
             if self.on_batch is not None:
                 self.on_batch(record)
             if record.last:
+                self.begins_epoch = self._position[1] == 0
                 self._position = position
                 self._logical_steps += 1
             yield batch

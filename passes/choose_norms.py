@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sympy
-
 from dpcompile.device import DeviceSpec
 from dpcompile.ir import Program, Uses
 from dpcompile.plan import Choice, Costs, GroupCost, Method, Plan
@@ -66,9 +64,3 @@ def _memory(group: GroupCost, method: Method, batch_size: int) -> float:
         cost = part.options[method].at({**part.sizes, B: batch_size})
         total += float(cost.held) + float(cost.transient)
     return total
-
-
-def flip_condition() -> str:
-    """The paper's rule, solved for T."""
-    limit = sympy.solve(sympy.Eq(2 * T**2, P * D), T)
-    return f"ghost iff 2*T**2 < p*d, that is T < {limit[-1]}"
