@@ -170,7 +170,7 @@ class Private:
         self._noise = noise
         self._recipe = recipe
         self._ledger_file = None if ledger_file is None else Path(ledger_file)
-        self._step = 0  # of the model as it is; the ledger may hold more, that a crash took back
+        self._step = 0
         self._bounds: list[float] = []  # of the logical batch under way
         self._coordinates = sum(p.numel() for p in dp_model.parameters() if p.requires_grad)
         if self._ledger_file is not None and self._ledger_file.exists():
@@ -200,6 +200,11 @@ class Private:
         scale = self.dp_model.max_grad_norm * sensitivity(self.ledger.neighbours)
         slack = self._noise.sensitivity_slack(self._coordinates)
         return noise_std(self._recipe.gradient_multiplier(self._step), scale, slack)
+
+    @property
+    def released_steps(self) -> int:
+        """Logical steps that made the parameters what they are. The ledger may hold more, which a crash undid."""
+        return self._step
 
     def epsilon(self, delta: float | None = None, accountant: str | None = None) -> float:
         """What was spent so far, at `delta` (the target's when left out)."""

@@ -180,7 +180,7 @@ def calibrated(
     low, high = math.log(least / max(factors)) - 1e-3, math.log(least / min(factors)) + 1e-3
     if excess(high) > 0:
         raise PrivacyError("private: no noise multiplier meets the target with this noise_schedule.")
-    root = high if excess(low) <= 0 else float(brentq(excess, low, high, xtol=2e-4))  # pyright: ignore[reportArgumentType]
+    root = high if excess(low) <= 0 else float(brentq(excess, low, high, xtol=2e-3))  # pyright: ignore[reportArgumentType]
     while excess(root) > 0:
-        root += 2e-4
+        root += 1e-3
     return math.exp(root)

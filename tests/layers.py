@@ -195,7 +195,8 @@ def step(
     module: nn.Module, emitted: Emitted, inputs: Inputs, loss: Loss, reduction: str = "sum", bound: float = 1.0
 ) -> DPModule:
     """One backward of the compiled module from cleared gradients."""
-    dp_model = DPModule(module, emitted, bound)
+    dp_model = DPModule(module, emitted)
+    dp_model.max_grad_norm = bound
     module.zero_grad()
     losses_B = loss(call(dp_model, inputs))
     (losses_B.mean() if reduction == "mean" else losses_B.sum()).backward()

@@ -42,12 +42,14 @@ def test_clipped_gradients_equal_one_sample_at_a_time(name: str, dtype: torch.dt
         analysis = analyse(case.model, case.sample_input)
         for method, reduction in METHODS:
             emitted = analysis.emit(analysis.plan(method), mean=reduction == "mean")
-            dp_model = DPModule(case.model, emitted, bound)
+            dp_model = DPModule(case.model, emitted)
+            dp_model.max_grad_norm = bound
             for batch_size in BATCH_SIZES:
                 with subtests.test(method=method, batch_size=batch_size):
                     check_against_oracle(case, dp_model, batch_size, max_grad_norm=bound, loss_reduction=reduction)
             with subtests.test(method=method, max_grad_norm="inf"):
-                unbounded = DPModule(case.model, emitted, math.inf)
+                unbounded = DPModule(case.model, emitted)
+                unbounded.max_grad_norm = math.inf
                 check_against_autograd(case, unbounded, SAMPLE_BATCH + 1, loss_reduction=reduction)
 
 
