@@ -99,7 +99,8 @@ def dpcompile(
         loss_reduction=loss_reduction,
         views=views,
     )
-    return DPModule(model, analysis.emit(analysis.plan(norm_method), clip, mean=loss_reduction == "mean"))
+    plan = analysis.plan(norm_method, clipping=clip)
+    return DPModule(model, analysis.emit(plan, clip, mean=loss_reduction == "mean"))
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,14 @@ class Analysis:
     fused: bool
     trainable: tuple[str, ...]
 
-    def plan(self, policy: str = "auto", *, device: DeviceSpec | None = None, batch_size: int | None = None) -> Plan:
+    def plan(
+        self,
+        policy: str = "auto",
+        *,
+        device: DeviceSpec | None = None,
+        batch_size: int | None = None,
+        clipping: Clipping | None = None,
+    ) -> Plan:
         costs = estimate_costs(self.backward, self._readers(self.backward))
         return choose_norms(
             self.program,
@@ -124,6 +132,7 @@ class Analysis:
             device or spec_for(self.call.device),
             policy=policy,
             batch_size=batch_size or max(self.call.batch_size, 1),
+            clipping=clipping,
         )
 
     def _readers(self, backward: Backward) -> list[GroupReader]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -93,7 +93,7 @@ class Plan:
     costs: Costs
     choices: Mapping[str, Choice]  # by group name
     unused: tuple[str, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    clip_groups: tuple[tuple[str, ...], ...] = ()  # groups of uses that are clipped by one norm; empty: all by one
 
     def method(self, group: str) -> Method:
         return self.choices[group].method
@@ -123,16 +123,27 @@ class Plan:
         )
 
     def held_bytes(self) -> sympy.Expr:
-        return sympy.expand(
-            sum(
-                (
-                    at(part.options[self.method(group.name)].held, part.sizes)
-                    for group in self.costs.groups
-                    for part in group.parts
-                ),
-                sympy.Integer(0),
+        """Bytes alive from the norms until the clip factors, in B. Clip groups are done one after the other."""
+        held = {
+            group.name: sum(
+                (at(part.options[self.method(group.name)].held, part.sizes) for part in group.parts), sympy.Integer(0)
             )
-        )
+            for group in self.costs.groups
+        }
+        together = self.clip_groups or (tuple(held),)
+        sums = [sympy.expand(sum((held[name] for name in names), sympy.Integer(0))) for names in together]
+        return max(sums, key=lambda total: total.subs(B, self.batch_size), default=sympy.Integer(0))
+
+    def booked_bytes(self) -> sympy.Expr:
+        """Bytes of layer inputs that are kept from the forward for parameter gradients, in B: none for biases alone."""
+        booked = sympy.Integer(0)
+        for group in self.costs.groups:
+            for part in group.parts:
+                if part.kind == "outer":
+                    booked += at(B * T * D * G * self.costs.itemsize, part.sizes)
+                elif part.kind == "onehot":
+                    booked += at(B * T * 8, part.sizes)
+        return sympy.expand(booked)
 
     def __str__(self) -> str:
         from dpcompile.report import plan_text

@@ -63,13 +63,13 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
             "shared_flops": _at(plan.shared_flops(), plan),
             "gradient_time_s": sum(row.chosen.time_s for row in rows),
             "plain_gradient_time_s": sum(row.plain.time_s for row in rows),
+            "booked_bytes": _at(plan.booked_bytes(), plan),
             "held_bytes": _at(plan.held_bytes(), plan),
             "largest_transient_bytes": max((row.chosen.transient_bytes for row in rows), default=0),
         },
         "symbolic": {"flops": str(plan.flops()), "plain_flops": str(plan.plain_flops())},
         "flip": {"paper": f"T < {paper_flip()}"},
         "unused": list(plan.unused),
-        "notes": list(plan.notes),
     }
 
 
@@ -173,9 +173,11 @@ def _totals(plan: Plan, rows: Sequence[Row]) -> list[str]:
     seconds, plain_seconds = sum(r.chosen.time_s for r in rows), sum(r.plain.time_s for r in rows)
     counts = [sum(choice.method is method for choice in plan.choices.values()) for method in Method]
     held, transient = _at(plan.held_bytes(), plan), max((r.chosen.transient_bytes for r in rows), default=0)
+    booked = _at(plan.booked_bytes(), plan)
     totals = [
         ("flops, forward and backward", human(plain), human(flops), _ratio(flops, plain)),
         ("time of parameter gradients", human(plain_seconds, "s"), human(seconds, "s"), _ratio(seconds, plain_seconds)),
+        ("layer inputs booked", human(booked, "B"), human(booked, "B"), _ratio(booked, booked) if booked else ""),
         ("held until the clip factors", human(0, "B"), human(held, "B"), ""),
         ("alive during one norm, at most", human(0, "B"), human(transient, "B"), ""),
     ]
@@ -195,8 +197,7 @@ def _flip_lines() -> list[str]:
 
 
 def _notes(plan: Plan) -> list[str]:
-    unused = [f"unused: {', '.join(plan.unused)} (no output depends on them: no gradient)"] if plan.unused else []
-    return unused + [f"note: {note}" for note in plan.notes]
+    return [f"unused: {', '.join(plan.unused)} (no output depends on them: no gradient)"] if plan.unused else []
 
 
 def _device(plan: Plan) -> str:

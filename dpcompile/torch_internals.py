@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
+from torch.backends import opt_einsum
 from torch.fx.experimental import _config as fx_config
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -42,10 +43,14 @@ def symbolic_batch() -> Iterator[None]:
     - A size with a hint is treated as if it could be 0 or 1: the batch range is [0, inf) instead of [2, inf).
     - torch's table decomposes nll_loss by a function of another signature (pytorch issue 106375), which reads
       reduction="none" as a mean where sizes are symbolic; without the entry the op's own shape rule is used.
+    - opt_einsum, where it is installed, plans an einsum of three operands for the batch size that it sees.
     """
     broken = decomposition_table.pop(aten.nll_loss.default, None)
     try:
-        with fx_config.patch(backed_size_oblivious=True):  # pyright: ignore[reportAttributeAccessIssue]
+        with (
+            fx_config.patch(backed_size_oblivious=True),  # pyright: ignore[reportAttributeAccessIssue]
+            opt_einsum.flags(enabled=False, strategy=None),
+        ):
             yield
     finally:
         if broken is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dpcompile.clipping import Clipping
 from dpcompile.device import DeviceSpec
 from dpcompile.ir import Program, Uses
 from dpcompile.plan import Choice, Costs, GroupCost, Method, Plan
@@ -11,7 +12,14 @@ POLICIES = ("auto", "paper", "ghost", "explicit")
 
 
 def choose_norms(
-    program: Program, uses: Uses, costs: Costs, device: DeviceSpec, *, policy: str, batch_size: int
+    program: Program,
+    uses: Uses,
+    costs: Costs,
+    device: DeviceSpec,
+    *,
+    policy: str,
+    batch_size: int,
+    clipping: Clipping | None = None,
 ) -> Plan:
     """The plan. Policies:
 
@@ -23,7 +31,13 @@ def choose_norms(
     targets = {i.node: i.target for i in program.inputs}
     dead = [g for g in uses.groups if g.name not in choices]
     unused = tuple(targets[p] for p in uses.unused) + tuple(targets[p] for g in dead for p in g.params)
-    return Plan(policy, device, batch_size, costs, choices, tuple(dict.fromkeys(unused)))
+    together: dict[int, list[str]] = {}
+    for group in uses.groups:
+        if clipping is not None and group.name in choices:
+            for index in sorted({clipping.group_of(targets[p]) for p in group.params}):
+                together.setdefault(index, []).append(group.name)
+    clip_groups = tuple(tuple(names) for names in together.values())
+    return Plan(policy, device, batch_size, costs, choices, tuple(dict.fromkeys(unused)), clip_groups)
 
 
 def _choose(group: GroupCost, device: DeviceSpec, policy: str, batch_size: int) -> Choice:

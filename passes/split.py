@@ -77,24 +77,15 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _batch_size(graph: fx.Graph, batch: torch.SymInt, placeholders: Sequence[fx.Node]) -> fx.Node:
-    """The batch size, read off an input that has it, or else a multiple of it, as one of its sizes."""
-    multiples: list[tuple[int, fx.Node, int]] = []
+    """The batch size, read off an input that has it: a user's in the forward, the sample weights in the backward."""
     for node in placeholders:
         value = node.meta.get("val")
         for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-            factor = size.node.expr / batch.node.expr if isinstance(size, torch.SymInt) else None
-            if factor is not None and factor.is_Integer:
-                multiples.append((int(factor), node, dim))
-    if not multiples:
-        raise InvalidGraphError("split: no input of the backward graph carries the batch size")
-    factor, node, dim = min(multiples, key=lambda found: found[0])
-    size = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
-    size.meta["val"] = node.meta["val"].shape[dim]
-    if factor == 1:
-        return size
-    found = graph.call_function(operator.floordiv, (size, factor))
-    found.meta["val"] = batch
-    return found
+            if isinstance(size, torch.SymInt) and size.node.expr == batch.node.expr:
+                read = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+                read.meta["val"] = batch
+                return read
+    raise InvalidGraphError("split: no input of the graph has the batch size")
 
 
 def _extract(

@@ -577,9 +577,13 @@ def test_max_grad_norm_changes_between_steps_only() -> None:
     batches = iter(private.loader)
     step(private, *next(batches))
     private.dp_model.max_grad_norm = 5.0
-    with pytest.raises(PrivacyError, match="changed within a logical batch"):
+
+    def finish() -> None:
         for x, y in batches:
             step(private, x, y)
+
+    with pytest.raises(PrivacyError, match="changed within a logical batch"):
+        finish()
     assert private.released_steps == 0
 
 

@@ -85,6 +85,7 @@ one step                         plain  private  ratio
 ------------------------------  ------  -------  -----
 flops, forward and backward      1.12M    1.48M   1.33
 time of parameter gradients     21.9us   58.3us   2.66
+layer inputs booked             49.9kB   49.9kB   1.00
 held until the clip factors         0B   77.6kB
 alive during one norm, at most      0B   6.91kB
 

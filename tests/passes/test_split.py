@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from expecttest import assert_expected_inline
 from layers import Apply, compile_all, randomised
-from torch import Tensor, nn
+from torch import nn
 
 from dpcompile.ir import InputKind, OutputKind, Program
 from dpcompile.runtime import Emitted
@@ -37,6 +37,7 @@ user input
 constant leaves_0
 tangent 0
 bound
+weight
 handle
 -> gradient weight
 -> gradient bias
@@ -70,12 +71,3 @@ def test_backward_forms_no_product_that_it_does_not_need() -> None:
     biases = [o for o in parts.backward.outputs if o.kind is OutputKind.GRADIENT and "bias" in o.target]
     assert len(weights) == len(biases) == 2
     assert len(products) == 1 + len(weights) + len(biases)
-
-
-def test_batch_size_is_read_off_a_multiple_where_nothing_else_carries_it() -> None:
-    def run(m: nn.Module, x: Tensor) -> Tensor:
-        return m.f(x.flatten(0, 1))
-
-    parts = emitted(Apply(run, modules={"f": nn.LayerNorm(4)}), 3, 4)
-    assert parts.backward is not None
-    assert "floordiv" in parts.backward.module.code
