@@ -185,6 +185,11 @@ def analyse(
     check_supported(program, tracked)
     uses = find_sites(program, tracked)
     trainable = tuple(name for name, p in model.named_parameters() if p.requires_grad)
+    if fused and loss_scale(program, tracked) != loss_reduction:
+        raise DPCompileError(
+            f"check-supported: loss_fn gives a {loss_scale(program, tracked)} over samples, but loss_reduction="
+            f"{loss_reduction!r}. Say loss_reduction={loss_scale(program, tracked)!r}, or change loss_fn."
+        )
     backward = trace_backward(program, tracked, uses, loss=fused)
     verify(backward.program, "trace-backward")
     return Analysis(call, captured, program, tracked, uses, backward, fused, trainable)

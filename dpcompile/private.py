@@ -17,7 +17,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from dpcompile.errors import PrivacyError
 from dpcompile.ledger import Ledger
 from dpcompile.noise import GaussianNoise, NoiseSource, SecureNoise, noise_std
 from dpcompile.optimizer import PrivateOptimizer
+from dpcompile.probe import check_loss
 from dpcompile.recipe import (
     Recipe,
     Schedule,
@@ -72,6 +73,7 @@ def make_private(
     adaptive_clipping: AdaptiveClipping | None = None,
     secure_noise: bool = False,
     seed: int | None = None,
+    criterion: Callable[[Any, Any], Tensor] | None = None,
     ledger_file: str | os.PathLike[str] | None = None,
     **loader_options: Any,
 ) -> Private:
@@ -98,6 +100,8 @@ def make_private(
         adaptive_clipping: max_grad_norm follows a private quantile of the norms; its cost is in the accounting.
         secure_noise: cryptographic generators for noise and sampling, and discrete noise. Not reproducible.
         seed: makes noise and sampling reproducible; not with `secure_noise`.
+        criterion: `criterion(outputs, targets)` of the training loop: checked on three samples, (inputs, targets) of
+            the data set, to reduce as `loss_reduction` says (`probe.check_loss`).
         ledger_file: the ledger is written there before every release: a crash can only over-count.
         loader_options: num_workers and so on, for torch's DataLoader.
 
@@ -148,6 +152,8 @@ def make_private(
     noise = SecureNoise() if secure_noise else GaussianNoise(seed)
     ledger = Ledger(relation, target_delta)
     loader = PrivateLoader(data, sampler, max_physical_batch=max_physical_batch, pad=pad, **loader_options)
+    if criterion is not None:
+        check_loss(module, criterion, *loader.collated(range(min(3, sampler.dataset_size))))
     return Private(module, optimizer, loader, ledger, noise, recipe, ledger_file)
 
 

@@ -13,7 +13,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from fractions import Fraction
 from numbers import Number
@@ -353,8 +353,9 @@ class PrivateLoader:
         # Its own generator: without one, each `for` would move torch's global one, and a resumed run would differ.
         generator = torch.Generator().manual_seed(torch.initial_seed())
         self._plan = _Plan(sampler, max_physical_batch or sampler.dataset_size, pad)
+        self._batches = _Batches(dataset, collate)
         self._loader = DataLoader(
-            _Batches(dataset, collate),
+            self._batches,
             batch_size=None,
             sampler=self._plan,
             collate_fn=_unchanged,
@@ -364,6 +365,10 @@ class PrivateLoader:
         self._position = sampler.position  # behind the last logical batch that was handed over completely
         self._logical_steps = 0
         self._resumed = False
+
+    def collated(self, indices: Sequence[int]) -> Any:
+        """The batch of these samples, as the training loop gets it. Draws nothing."""
+        return self._batches[_Piece(list(indices), len(indices))]
 
     @property
     def epoch(self) -> int:

@@ -368,7 +368,12 @@ def test_a_scalar_sum_of_losses_is_a_sum(model: Net) -> None:
     x, y = batch()
     expected = step(dpcompile(model, x, max_grad_norm=0.1), x, y)
     fused = dpcompile(
-        model, x, max_grad_norm=0.1, sample_targets=y, loss_fn=lambda o, t: F.cross_entropy(o, t, reduction="sum")
+        model,
+        x,
+        max_grad_norm=0.1,
+        loss_reduction="sum",
+        sample_targets=y,
+        loss_fn=lambda o, t: F.cross_entropy(o, t, reduction="sum"),
     )
     model.zero_grad()
     fused(x, targets=y).backward()

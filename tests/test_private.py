@@ -650,3 +650,25 @@ def test_closures_new_parameters_and_copies_of_the_optimizer_are_refused() -> No
         private.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
     with pytest.raises(PrivacyError, match="not copied"):
         copy.deepcopy(private.optimizer)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "what"),
+    [
+        (lambda out, y: F.cross_entropy(out, y) / len(y), "a mean that is divided by the batch size again"),
+        (lambda out, y: F.cross_entropy(out, y, reduction="sum"), "a sum over samples"),
+        (lambda out, y: 3 * F.cross_entropy(out, y, reduction="sum") / len(y) ** 1.5, "neither mean nor sum"),
+    ],
+)
+def test_a_criterion_that_does_not_reduce_as_was_said_is_refused(criterion: Any, what: str) -> None:
+    run(criterion=F.cross_entropy)
+    run(compiled(loss_reduction="sum"), criterion=lambda out, y: F.cross_entropy(out, y, reduction="sum"))
+    with pytest.raises(DPCompileError, match=what):
+        run(criterion=criterion)
+
+
+def test_a_fused_loss_that_sums_where_mean_was_said_is_refused() -> None:
+    with pytest.raises(DPCompileError, match="loss_fn gives a sum over samples, but loss_reduction='mean'"):
+        compiled(loss_fn=lambda out, y: F.cross_entropy(out, y, reduction="sum"), sample_targets=Y[:4])
+    with pytest.raises(DPCompileError, match="depends on the number of samples"):
+        compiled(loss_fn=lambda out, y: F.cross_entropy(out, y) / out.shape[0], sample_targets=Y[:4])
