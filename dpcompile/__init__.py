@@ -1,5 +1,7 @@
 """dpcompile: differentially private training of PyTorch models, by compilation."""
 
+from dpcompile.accountant import Stated
+from dpcompile.adaptive import AdaptiveClipping
 from dpcompile.api import dpcompile
 from dpcompile.errors import (
     BatchMixingError,
@@ -9,13 +11,17 @@ from dpcompile.errors import (
     NoRuleError,
     PrivacyError,
 )
+from dpcompile.optimizer import AdamBC
 from dpcompile.plan import Plan
 from dpcompile.private import Private, make_private
+from dpcompile.probe import check_loss
 from dpcompile.runtime import DPModule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdamBC",
+    "AdaptiveClipping",
     "BatchMixingError",
     "CaptureError",
     "DPCompileError",
@@ -25,7 +31,9 @@ __all__ = [
     "Plan",
     "PrivacyError",
     "Private",
+    "Stated",
     "__version__",
+    "check_loss",
     "dpcompile",
     "make_private",
 ]

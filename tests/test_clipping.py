@@ -248,6 +248,26 @@ def test_views_of_a_transformer_are_clipped_as_one() -> None:
     assert_same_gradients(gradients(vit.model), wanted, RTOL)
 
 
+def test_a_user_with_few_records_is_clipped_as_one_of_many() -> None:
+    """User-level units: three users with one, three and two records, padded to K = 3 rows and masked in the loss."""
+    net, views = case(), 3
+    x, y = net.batch(9)
+    mask = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+    rows = per_sample_gradients(net.model, net.loss, x, y)
+    shares = (mask / mask.sum(1, keepdim=True)).double()
+    truth = PerSampleGradients(
+        {n: torch.einsum("uk,uk...->u...", shares, g.unflatten(0, (3, views))) for n, g in rows.grads.items()}
+    )
+    dp_model = dpcompile(net.model, x, max_grad_norm=R, views=views)
+
+    losses = net.loss(dp_model(x), y).unflatten(0, (-1, views))
+    ((losses * mask).sum(1) / mask.sum(1)).mean().backward()
+
+    wanted = {name: g / 3 for name, g in truth.clipped_sum(R).items()}
+    assert_close(dp_model.per_sample_norms, truth.norms, RTOL, "norms")
+    assert_same_gradients(gradients(net.model), wanted, RTOL)
+
+
 def test_rows_that_are_no_multiple_of_the_views_are_refused() -> None:
     net = case()
     dp_model = dpcompile(net.model, torch.randn(4, 1, 5, 5), views=2)
