@@ -19,6 +19,7 @@ from dpcompile.passes.capture import Captured, capture
 from dpcompile.passes.check_supported import check_supported
 from dpcompile.passes.choose_norms import POLICIES, choose_norms
 from dpcompile.passes.combine import GroupReader
+from dpcompile.passes.drop_tangents import drop_tangents
 from dpcompile.passes.estimate_costs import estimate_costs
 from dpcompile.passes.find_sites import find_sites
 from dpcompile.passes.insert_norms import insert_norms
@@ -154,7 +155,9 @@ class Analysis:
             parts = split(program)
             forward, back = verify(parts.forward, "split"), verify(parts.backward, "split")
             saved = len(parts.saved)
-        return Emitted(forward, back, saved, self.call, self.captured.out_spec, plan, clipping, mean, self.trainable)
+        return Emitted(
+            forward, back, saved, self.call, self.captured.out_spec, plan, clipping, mean, self.trainable, drop_tangents
+        )
 
 
 def analyse(

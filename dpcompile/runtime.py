@@ -36,12 +36,15 @@ class Emitted:
     clipping: Clipping
     mean: bool  # the loss is a mean over samples
     trainable: tuple[str, ...]  # qualified names of the parameters that were trainable at compile time
+    drop_tangents: Callable[[Program, Sequence[str]], Program | None]  # the backward without gradients of some outputs
 
     own: tuple[Output, ...] = field(init=False)  # the model's own results: outputs and new buffer values, in order
     fixed: tuple[int, ...] = field(init=False)  # those of them that no gradient flows into
     tangents: tuple[int, ...] = field(init=False)  # those whose gradients the backward reads; fused: the loss
     gradients: tuple[int | None, ...] = field(init=False)  # for each input of `forward`, which gradient is its own
     boxed_backward: Callable[[list[Any]], Any] | None = field(init=False, compare=False, repr=False)
+    shorter: dict[tuple[int, ...], Callable[[list[Any]], Any] | None] = field(init=False, compare=False, repr=False)
+    """The same without the gradients of some outputs, made where a loss first leaves them out."""
 
     def __post_init__(self) -> None:
         own = tuple(o for o in self.forward.outputs if o.kind in (OutputKind.USER, OutputKind.BUFFER))
@@ -58,10 +61,19 @@ class Emitted:
                 for i in self.forward.inputs
                 if i.kind is not InputKind.BOUND
             ),
+            "shorter": {},
             "boxed_backward": None if self.backward is None else boxed(self.backward.module),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
+
+    def backward_without(self, missing: tuple[int, ...]) -> Callable[[list[Any]], Any] | None:
+        """The backward for a loss that leaves these outputs out; None if it needs zeros for them."""
+        if missing not in self.shorter:
+            assert self.backward is not None
+            made = self.drop_tangents(self.backward, [str(i) for i in missing])
+            self.shorter[missing] = None if made is None else boxed(made.module)
+        return self.shorter[missing]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Emitted:
         """Nothing in here changes, and no parameter is in here: copies of a module share it."""
@@ -349,23 +361,35 @@ class _PrivateFunction(torch.autograd.Function):
         ctx.emitted, ctx.handle = emitted, handle
         ctx.save_for_backward(bound, weight, *results[count:])
         ctx.mark_non_differentiable(*[results[i] for i in emitted.fixed])
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)
+            ctx.own = [(results[i].shape, results[i].dtype, results[i].device) for i in emitted.tangents]
         return tuple(results[:count])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         emitted = ctx.emitted
-        tangents = [grads[i].contiguous() for i in emitted.tangents]
         if torch.compiler.is_compiling():
+            tangents = [grads[i].contiguous() for i in emitted.tangents]
             bound, weight, *saved = ctx.saved_tensors
             results = emitted.backward.module.forward(*saved, *tangents, bound, weight, ctx.handle)
         else:
+            run = emitted.boxed_backward
+            missing = tuple(i for i in emitted.tangents if grads[i] is None)
+            tangents = [None if grads[i] is None else grads[i].contiguous() for i in emitted.tangents]
+            if missing:
+                run = emitted.backward_without(missing)
+                if run is None:
+                    run = emitted.boxed_backward
+                    empty = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.own]
+                    tangents = [e if t is None else t for t, e in zip(tangents, empty, strict=True)]
             bound, weight, *saved = ctx.saved_tensors
             ctx.maybe_clear_saved_tensors()  # from here on the graph alone holds them, and lets go after the last use
             boxed = [*saved, *tangents, bound, weight, ctx.handle]
             del saved, tangents, grads
-            results = emitted.boxed_backward(boxed)
+            results = run(boxed)
         if ctx.handle < 0:  # an empty batch: its stand-in sample may have a gradient that is not finite
-            results = [torch.zeros_like(value) for value in results]
+            results = [None if value is None else torch.zeros_like(value) for value in results]
         return (None, None, None, None, *[None if at is None else results[at] for at in emitted.gradients])
 
 

@@ -1,0 +1,111 @@
+"""drop-tangents: a backward without what the gradients of outputs that took no part in the loss would cost.
+
+Hidden states and caches are outputs that a loss seldom uses. Their gradients are zero, and zeros are followed through
+the graph: what is computed from zero alone is zero, and adding zero is nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from dpcompile.ir import InputKind, OutputKind, Program
+
+aten = torch.ops.aten
+
+# Zero where their first argument is.
+_KEEP_ZERO = {
+    aten.view, aten.reshape, aten._unsafe_view, aten.permute, aten.transpose, aten.t, aten.expand, aten.clone,
+    aten._to_copy, aten.neg, aten.sum, aten.mean, aten.unsqueeze, aten.squeeze, aten.slice, aten.select, aten.div,
+    aten.split, aten.split_with_sizes, aten.unbind, aten.sqrt, aten.unfold, aten.flip, aten.roll, aten.repeat,
+    aten.index_select, aten.gather, aten.diagonal, aten.movedim, aten.abs,
+}  # fmt: skip
+# Zero where any argument is.
+_PRODUCTS = {aten.mul, aten.mm, aten.bmm, aten.matmul}
+
+
+def drop_tangents(program: Program, missing: Sequence[str]) -> Program | None:
+    """The backward program with these tangents taken as zero; their placeholders stay, unread.
+
+    A gradient that is zero then is no result of a node any more. None where zeros cannot be followed to the end: the
+    caller passes zeros.
+    """
+    program = program.copy()
+    graph = program.graph
+    nodes = program.nodes()
+    zeros = {nodes[i.node] for i in program.inputs if i.kind is InputKind.TANGENT and i.target in missing}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not any(a in zeros for a in node.all_input_nodes):
+            continue
+        if "val" not in node.meta:
+            return None  # a stored program has no shapes
+        if _is_zero(node, zeros):
+            zeros.add(node)
+            continue
+        rest = _added_to_zero(node, zeros)
+        if rest is None:
+            return None
+        node.replace_all_uses_with(rest)
+        graph.erase_node(node)
+    results = list(graph.find_nodes(op="output")[0].args[0])  # type: ignore[call-overload]
+    if any(r in zeros and o.kind is not OutputKind.GRADIENT for r, o in zip(results, program.outputs, strict=True)):
+        return None
+    results = [None if r in zeros else r for r in results]
+    graph.find_nodes(op="output")[0].args = (results,)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    graph.lint()
+    program.module.recompile()
+    outputs = tuple(
+        replace(o, node=r.name if isinstance(r, fx.Node) else None)
+        for o, r in zip(program.outputs, results, strict=True)
+    )
+    return replace(program, outputs=outputs)
+
+
+def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    first: Any = node.args[0]
+    if node.target is operator.getitem:
+        return first in zeros
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet in _PRODUCTS:
+        return True
+    if packet in (aten.add, aten.sub):
+        return first in zeros and node.args[1] in zeros
+    if packet in (aten.cat, aten.stack):
+        return all(item in zeros for item in first)
+    if packet is aten.pow:
+        exponent = node.args[1]
+        return first in zeros and isinstance(exponent, (int, float)) and exponent > 0
+    if packet is aten.clamp:
+        return first in zeros and node.args[1:] == (0,)
+    backward = packet is not None and str(packet).endswith(("_backward", "_backward_data"))
+    return first in zeros and (packet in _KEEP_ZERO or backward)
+
+
+def _added_to_zero(node: fx.Node, zeros: set[fx.Node]) -> fx.Node | None:
+    """The other summand, where it is the sum as it stands."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet not in (aten.add, aten.sub):
+        return None
+    left, right = node.args[:2]
+    if right in zeros:
+        rest = left
+    elif packet is aten.add and node.kwargs.get("alpha", 1) == 1:
+        rest = right
+    else:
+        return None
+    if not isinstance(rest, fx.Node) or not isinstance(rest.meta["val"], torch.Tensor):
+        return None
+    have, want = rest.meta["val"], node.meta["val"]
+    same = have.dtype == want.dtype and have.dim() == want.dim()
+    return rest if same and all(map(_equal, have.shape, want.shape)) else None
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Equality of sizes, without a guard on the batch size."""
+    return str(one) == str(other)
