@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from live_memory import peak_of
 from oracle import PerSampleGradients, assert_close, assert_same_gradients, gradients, per_sample_gradients
 from torch import Tensor, nn
 from zoo import CASES, SAMPLE_BATCH, Case, call
@@ -127,6 +128,26 @@ def test_per_layer_clipping_compiled_gives_the_eager_gradients(fused: bool) -> N
     assert_same_gradients(compiled, eager, RTOL)
     for name, norm in dp_model.per_group_norms.items():
         assert_close(norm, norms[name], RTOL, name)
+
+
+def test_per_layer_clipping_keeps_no_more_than_plain_training() -> None:
+    """Flat clipping books output gradients until the last norm; clipped inside the backward, nothing is booked."""
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(8)])
+    x = torch.randn(16, 32, 64)
+
+    def peak(module: nn.Module) -> int:
+        def step() -> None:
+            module(x).square().mean((1, 2)).mean().backward()
+
+        step()
+        model.zero_grad()
+        return peak_of(step)
+
+    plain = peak(model)
+    flat = peak(dpcompile(model, x, norm_method="ghost"))
+    per_layer = peak(dpcompile(model, x, norm_method="ghost", clip_groups="per-layer"))
+    assert per_layer <= 1.02 * plain
+    assert flat >= 1.3 * plain
 
 
 @pytest.mark.parametrize("groups", ["flat", "per-layer"])
