@@ -61,7 +61,10 @@ class PrivateOptimizer(Optimizer):
         self._stepping = False
         self.defaults = optimizer.defaults
         self.parameters = [p for p in dp_model.parameters() if p.requires_grad]
+        self._accumulations = dict.fromkeys(map(id, self.parameters), 0)  # since the physical batch was handed out
         records.observe(dp_model._handle, self._on_backward)
+        for p in self.parameters:
+            p.register_post_accumulate_grad_hook(self._on_accumulation)
         optimizer.register_step_pre_hook(self._refuse_plain_step)
 
     # shared with the wrapped optimizer, which replaces both when its state is loaded
@@ -105,6 +108,7 @@ class PrivateOptimizer(Optimizer):
                 "private.loader: it knows when the logical batch is complete."
             )
         logical.physical, logical.backwards = batch, 0
+        self._accumulations = dict.fromkeys(map(id, self.parameters), 0)
         self._dp_model._weight = batch.weights
         return begins
 
@@ -130,12 +134,11 @@ class PrivateOptimizer(Optimizer):
                 "optimizer: step() without a batch of private.loader, so nothing is known of how its samples were "
                 "chosen. Iterate over private.loader, and call step() once for each batch."
             )
-        if logical.backwards == 0 and any(p.grad is not None for p in self.parameters) and not self._accumulated:
+        if max(self._accumulations.values()) > logical.backwards:
             raise PrivacyError(
                 "optimizer: there are gradients that did not come from the compiled module. Call it, and not the "
                 "model that it was made from."
             )
-        self._accumulated = self._accumulated or logical.backwards > 0
         logical.physical = None
         if not batch.last:
             return
@@ -156,12 +159,9 @@ class PrivateOptimizer(Optimizer):
 
     # ------------------------------------------------------------
 
-    _accumulated = False  # whether some backward of this logical batch came through the compiled module
-
     def _clear(self) -> None:
         for p in self.parameters:
             p.grad = None
-        self._accumulated = False
 
     def _write_noisy_means(self, std: float) -> None:
         """p.grad = (sum + noise) / divisor for every trainable parameter, whether a sample reached it or not."""
@@ -172,6 +172,9 @@ class PrivateOptimizer(Optimizer):
         for group in self.param_groups:
             if NOISE_VARIANCE in group:
                 group[NOISE_VARIANCE] = (std / self._divisor) ** 2
+
+    def _on_accumulation(self, p: Tensor) -> None:
+        self._accumulations[id(p)] += 1
 
     def _on_backward(self, norms_GB: Tensor) -> None:
         logical = self._logical

@@ -499,6 +499,12 @@ def test_gradients_that_did_not_come_through_the_compiled_module_are_refused() -
     F.cross_entropy(private.dp_model.module(x), y).backward()
     with pytest.raises(PrivacyError, match="did not come from the compiled module"):
         private.optimizer.step()
+    private = run()
+    x, y = next(iter(private.loader))
+    F.cross_entropy(private.dp_model(x), y).backward()
+    F.cross_entropy(private.dp_model.module(x), y).backward()
+    with pytest.raises(PrivacyError, match="did not come from the compiled module"):
+        private.optimizer.step()
     assert private.released_steps == 0
 
 
