@@ -31,7 +31,7 @@ from dpcompile import DPModule, PrivacyError, dpcompile, make_private
 from dpcompile.ledger import Ledger
 
 N, WIDTH, CLASSES, RATE, DELTA = 60, 5, 3, 0.2, 1e-3
-STEPS = 300  # of the run without a target
+STEPS = 240  # of the run without a target
 SAVE_EVERY = 3
 KILLS = 20  # at random times
 MOST_MOMENTS = (

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,12 @@ def test_after_every_kill_the_ledger_holds_at_least_what_was_released(report: Re
 def test_every_kill_over_counts_by_one_step_at_most(report: Report) -> None:
     for name in ("deaths", "budget_deaths"):
         excess = [0] + [death.recorded - death.logged for death in report.deaths(name)]
-        assert all(0 <= after - before <= 1 for before, after in zip(excess, excess[1:], strict=False)), excess
+        assert all(0 <= after - before <= 1 for before, after in pairwise(excess)), excess
 
 
 def test_a_kill_between_ledger_and_update_or_log_over_counts(report: Report) -> None:
     deaths = report.deaths("deaths")
-    for before, death in zip(deaths, deaths[1:], strict=False):
+    for before, death in pairwise(deaths):
         if death.where in ("accounted", "stepped"):
             assert death.recorded - death.logged == before.recorded - before.logged + 1
 
