@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -25,6 +24,7 @@ from scipy.optimize import brentq
 
 from dpcompile.accountant import Accountant, Composition, Neighbours, Step, merge, sensitivity
 from dpcompile.errors import PrivacyError
+from dpcompile.files import write_whole
 
 FORMAT = 1
 MOST_STEPS = 10_000_000  # how far steps_left looks
@@ -242,22 +242,8 @@ class Ledger:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state as JSON: after a crash at any moment the file is the old or the new one, whole."""
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(self.state_dict(), file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        directory = os.open(path.parent, os.O_RDONLY)  # the new name is on disk only when its directory is
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        text = json.dumps(self.state_dict(), indent=1)
+        write_whole(path, lambda file: file.write(text.encode()))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Ledger:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from dpcompile.accountant import Accountant, Neighbours, Poisson, ShuffledEpochs, Stated, Step, sensitivity
 from dpcompile.adaptive import AdaptiveClipping
 from dpcompile.errors import PrivacyError
+from dpcompile.files import write_whole
 from dpcompile.ledger import Ledger
 from dpcompile.noise import GaussianNoise, NoiseSource, SecureNoise, noise_std
 from dpcompile.optimizer import PrivateOptimizer
@@ -337,17 +337,8 @@ class Private:
 
     def save(self, path: str | os.PathLike[str], **extra: Any) -> None:
         """Write state and `extra` with torch.save: after a crash the file is the old or the new one, whole."""
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save({**extra, **self.state_dict()}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        state = {**extra, **self.state_dict()}
+        write_whole(path, lambda file: torch.save(state, file))
 
     def load(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         """Continue the run of a file that `save` wrote. Returns what it holds, `extra` included."""
