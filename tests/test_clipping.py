@@ -226,8 +226,15 @@ def views_case(views: int) -> Case:
     )
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    ("reduction", "fused"),
+    [
+        ("mean", False),
+        ("sum", True),
+        pytest.param("mean", True, marks=pytest.mark.slow),
+        pytest.param("sum", False, marks=pytest.mark.slow),
+    ],
+)
 @settings(max_examples=2, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(views=st.integers(1, 3), size=st.integers(0, 4), method=st.sampled_from(["ghost", "explicit"]))
 def test_views_of_a_sample_are_clipped_as_one(reduction: str, fused: bool, views: int, size: int, method: str) -> None:
