@@ -95,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         epochs=args.epochs,
         batch_size=args.batch_size,
         max_physical_batch=128,
+        pad=args.compile,  # one shape for the compiled graph
         seed=args.seed,
     )
     print(private)
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
             loss.backward()
             private.optimizer.step()
             private.optimizer.zero_grad()
-        progress.set_postfix({"epsilon": f"{private.epsilon(accountant='rdp'):.2f} (rdp)"})
+        progress.set_postfix(steps=private.released_steps)
 
     reached = accuracy(dp_model, x_test, y_test)
     print(
