@@ -52,10 +52,13 @@ class PerSampleGradients:
         return {name: torch.tensordot(scale_B, g, 1) for name, g in self.grads.items()}
 
     def splitting_norm(self) -> float:
-        """A clipping bound halfway between two of the norms in the middle: some samples are clipped and some not."""
+        """A clipping bound halfway between two of the norms in the middle: some samples are clipped and some not.
+
+        1 where these norms are zero, as those of a network of dead units are.
+        """
         norms = self.norms.sort().values
         middle = len(norms) // 2
-        return norms[max(middle - 1, 0) : middle + 1].mean().item()
+        return norms[max(middle - 1, 0) : middle + 1].mean().item() or 1.0
 
 
 def per_sample_gradients(
