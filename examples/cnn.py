@@ -124,7 +124,7 @@ class ViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patches_BTd = self.patches(x).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.token.expand(len(x), -1, -1), patches_BTd], 1) + self.positions
+        tokens = torch.cat([self.token.expand(x.shape[0], -1, -1), patches_BTd], 1) + self.positions
         return self.head(self.norm(self.encoder(tokens))[:, 0])
 
 
