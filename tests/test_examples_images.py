@@ -39,11 +39,15 @@ def test_cnn_trains_privately(capsys: pytest.CaptureFixture[str], tmp_path: Path
 
 
 @pytest.mark.parametrize(("model", "size"), [("resnet18", 16), ("vgg19", 32), ("vit", 8)])
-def test_every_model_of_cnn_gives_logits_of_every_image(model: str, size: int) -> None:
+def test_every_model_of_cnn_is_captured_and_gives_logits_of_every_image(model: str, size: int) -> None:
     import torch
 
-    cnn = example("cnn")
-    assert cnn.MODELS[model](3, size, 4)(torch.zeros(2, 3, size, size)).shape == (2, 10)
+    from dpcompile.api import analyse
+
+    made = example("cnn").MODELS[model](3, size, 4)
+    images = torch.zeros(2, 3, size, size)
+    assert made(images).shape == (2, 10)
+    assert not analyse(made, images).uses.unused
 
 
 def test_cifar10_without_torchvision_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
