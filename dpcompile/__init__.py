@@ -1,6 +1,5 @@
 """dpcompile: differentially private training of PyTorch models, by compilation."""
 
-from dpcompile.accountant import Stated
 from dpcompile.adaptive import AdaptiveClipping
 from dpcompile.api import dpcompile
 from dpcompile.errors import (
@@ -16,6 +15,7 @@ from dpcompile.plan import Plan
 from dpcompile.private import Private, make_private
 from dpcompile.probe import check_loss
 from dpcompile.runtime import DPModule
+from dpcompile.schemes import Stated
 
 __version__ = "0.1.0"
 

@@ -17,9 +17,19 @@ from rich.console import Console
 from rich.table import Table
 
 from dpcompile import accountant as accounting
-from dpcompile.accountant import Accountant, FixedSize, Neighbours, Poisson, Scheme, ShuffledEpochs, Step
+from dpcompile.accountant import Accountant, usual_accountant
 from dpcompile.errors import PrivacyError
 from dpcompile.ledger import Ledger, Row
+from dpcompile.schemes import (
+    FixedSize,
+    Neighbours,
+    Poisson,
+    Scheme,
+    ShuffledEpochs,
+    Step,
+    sensitivity,
+    usual_neighbours,
+)
 from dpcompile.specs import TargetError
 
 REFUSED, BAD_ARGUMENTS = 1, 2  # exit codes
@@ -69,11 +79,11 @@ def epsilon(
     """Print the epsilon of a training run, by every accountant that has a result for it."""
     with _told():
         sampled = _scheme(scheme, sample_rate, dataset_size, batch_size)
-        relation = neighbours or _usual(scheme)
+        relation = neighbours or usual_neighbours(sampled)
         asked = tuple(Accountant) if accountant is None else (accountant,)
         lines = _epsilons([Step(sampled, noise_multiplier, steps)], delta, relation, asked)
         _say(f"{_named(sampled)}, {steps} steps, noise multiplier {noise_multiplier:g}")
-        _say(f"{relation.value}: noise std = {noise_multiplier * accounting.sensitivity(relation):g} * max_grad_norm")
+        _say(f"{relation.value}: noise std = {noise_multiplier * sensitivity(relation):g} * max_grad_norm")
         for line in lines:
             _say(line)
         if isinstance(sampled, ShuffledEpochs):
@@ -96,12 +106,12 @@ def calibrate(
     """Print the smallest noise multiplier that keeps a training run within epsilon."""
     with _told():
         sampled = _scheme(scheme, sample_rate, dataset_size, batch_size)
-        relation = neighbours or _usual(scheme)
-        chosen = accountant or (Accountant.RDP if scheme is Sampling.FIXED_SIZE else Accountant.PLD)
+        relation = neighbours or usual_neighbours(sampled)
+        chosen = accountant or usual_accountant(sampled)
         noise = accounting.calibrate(target_epsilon, delta, sampled, steps, accountant=chosen, neighbours=relation)
         _say(f"{_named(sampled)}, {steps} steps, epsilon {target_epsilon:g} at delta {delta:g} ({chosen.value})")
         _say(f"noise multiplier {noise:.5g}")
-        _say(f"{relation.value}: noise std = {noise * accounting.sensitivity(relation):.5g} * max_grad_norm")
+        _say(f"{relation.value}: noise std = {noise * sensitivity(relation):.5g} * max_grad_norm")
         for line in _epsilons([Step(sampled, noise, steps)], delta, relation, tuple(Accountant)):
             _say(line)
 
@@ -138,10 +148,6 @@ def _scheme(kind: Sampling, rate: float | None, dataset_size: int | None, batch_
         return Poisson(batch_size / dataset_size)
     fixed = FixedSize if kind is Sampling.FIXED_SIZE else ShuffledEpochs
     return fixed(dataset_size, batch_size)
-
-
-def _usual(kind: Sampling) -> Neighbours:
-    return Neighbours.ADD_OR_REMOVE_ONE if kind is Sampling.POISSON else Neighbours.REPLACE_ONE
 
 
 def _named(scheme: Scheme) -> str:

@@ -22,9 +22,10 @@ from typing import Any
 
 from scipy.optimize import brentq
 
-from dpcompile.accountant import Accountant, Composition, Neighbours, Step, merge, sensitivity
+from dpcompile.accountant import Accountant, Composition
 from dpcompile.errors import PrivacyError
 from dpcompile.files import write_whole
+from dpcompile.schemes import Neighbours, Step, merge, sensitivity
 
 FORMAT = 1
 MOST_STEPS = 10_000_000  # how far steps_left looks

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from dpcompile import records
 from dpcompile.errors import PrivacyError
+from dpcompile.loader import PhysicalBatch
 from dpcompile.runtime import DPModule
-from dpcompile.sampling import PhysicalBatch
 
 NOISE_VARIANCE = "noise_variance"  # key of a param group: of the noise in each coordinate of the gradient
 

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from dpcompile.accountant import Accountant, Neighbours, Poisson, ShuffledEpochs, Stated, Step, sensitivity
+from dpcompile.accountant import Accountant
 from dpcompile.adaptive import AdaptiveClipping
 from dpcompile.errors import PrivacyError
 from dpcompile.files import write_whole
 from dpcompile.ledger import Ledger
+from dpcompile.loader import PhysicalBatch, PrivateLoader
 from dpcompile.noise import GaussianNoise, NoiseSource, SecureNoise, noise_std
 from dpcompile.optimizer import PrivateOptimizer
 from dpcompile.probe import check_loss
@@ -45,7 +46,8 @@ from dpcompile.recipe import (
     scheme_of,
 )
 from dpcompile.runtime import DPModule
-from dpcompile.sampling import PhysicalBatch, PrivateLoader, Sampler
+from dpcompile.sampling import Sampler
+from dpcompile.schemes import Neighbours, Poisson, ShuffledEpochs, Stated, Step, sensitivity
 
 FORMAT = 1
 

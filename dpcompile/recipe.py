@@ -11,22 +11,12 @@ from scipy.optimize import brentq
 from torch import nn
 from torch.optim import Optimizer
 
-from dpcompile.accountant import (
-    Accountant,
-    FixedSize,
-    Neighbours,
-    Poisson,
-    Scheme,
-    ShuffledEpochs,
-    Stated,
-    Step,
-    calibrate,
-    epsilon,
-)
+from dpcompile.accountant import Accountant, calibrate, epsilon, usual_accountant
 from dpcompile.adaptive import AdaptiveClipping
 from dpcompile.errors import PrivacyError
 from dpcompile.runtime import DPModule
 from dpcompile.sampling import FixedSizeSampler, PoissonSampler, Sampler, ShuffledSampler
+from dpcompile.schemes import FixedSize, Neighbours, Poisson, Scheme, ShuffledEpochs, Stated, Step, usual_neighbours
 
 _Kind = TypeVar("_Kind", Neighbours, Accountant)
 Schedule = Callable[[int], float]  # logical step, from 0 -> a factor
@@ -141,14 +131,12 @@ def scheme_of(sampler: Sampler, event: Stated | None) -> Scheme:
 
 def relation_of(scheme: Scheme, neighbours: str | None) -> Neighbours:
     """The relation asked for; by default the one that the sampling has an accounting for."""
-    default = Neighbours.ADD_OR_REMOVE_ONE if isinstance(scheme, Poisson | Stated) else Neighbours.REPLACE_ONE
-    return default if neighbours is None else _member(Neighbours, "neighbours", neighbours)
+    return usual_neighbours(scheme) if neighbours is None else _member(Neighbours, "neighbours", neighbours)
 
 
 def accountant_of(scheme: Scheme, accountant: str | None) -> Accountant:
     """The accountant asked for; by default PLD where it accounts for the sampling."""
-    default = Accountant.RDP if isinstance(scheme, FixedSize) else Accountant.PLD
-    return default if accountant is None else _member(Accountant, "accountant", accountant)
+    return usual_accountant(scheme) if accountant is None else _member(Accountant, "accountant", accountant)
 
 
 def _member(kind: type[_Kind], name: str, value: str) -> _Kind:

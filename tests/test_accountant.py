@@ -16,11 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from dpcompile import accountant as accounting
-from dpcompile.accountant import (
-    DISTINCT,
-    Accountant,
-    Composition,
+from dpcompile.accountant import DISTINCT, Accountant, Composition, calibrate, delta, epsilon
+from dpcompile.errors import PrivacyError
+from dpcompile.schemes import (
+    KINDS,
     FixedSize,
     Neighbours,
     Poisson,
@@ -28,15 +27,11 @@ from dpcompile.accountant import (
     ShuffledEpochs,
     Stated,
     Step,
-    calibrate,
-    delta,
-    epsilon,
     merge,
     scheme_from_json,
     scheme_to_json,
     sensitivity,
 )
-from dpcompile.errors import PrivacyError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # Opacus imports what its dependencies deprecate
@@ -343,4 +338,4 @@ def test_json_makes_no_other_object_than_an_event() -> None:
     for name in ("DpEventNamedTuple", "importlib", "os.system"):
         with pytest.raises(ValueError, match="Expected class="):
             scheme_from_json({"kind": "stated", "event": {"class": name}, "noise_multiplier": 1.0})
-    assert set(accounting.KINDS) == {"poisson", "fixed-size", "shuffled", "stated"}
+    assert set(KINDS) == {"poisson", "fixed-size", "shuffled", "stated"}

@@ -17,8 +17,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from dpcompile import DPModule, dpcompile, make_private
-from dpcompile.accountant import Poisson, Step, calibrate
+from dpcompile.accountant import calibrate
 from dpcompile.audit import Audit, audit, count_correct, epsilon_lower_bound, p_value
+from dpcompile.schemes import Poisson, Step
 
 SETTINGS = settings(max_examples=40, deadline=None)
 

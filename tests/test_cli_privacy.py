@@ -9,9 +9,10 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from dpcompile.accountant import FixedSize, Neighbours, Poisson, Step, epsilon
+from dpcompile.accountant import epsilon
 from dpcompile.cli_privacy import _up, register
 from dpcompile.ledger import Ledger
+from dpcompile.schemes import FixedSize, Neighbours, Poisson, Step
 
 APP = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 register(APP)

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpcompile.accountant import Accountant, FixedSize, Neighbours, Poisson, ShuffledEpochs, Step, epsilon
+from dpcompile.accountant import Accountant, epsilon
 from dpcompile.errors import PrivacyError
 from dpcompile.ledger import Ledger
+from dpcompile.schemes import FixedSize, Neighbours, Poisson, ShuffledEpochs, Step
 
 ADD_OR_REMOVE, REPLACE = Neighbours.ADD_OR_REMOVE_ONE, Neighbours.REPLACE_ONE
 RDP = Accountant.RDP

@@ -18,10 +18,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from dpcompile import DPCompileError, DPModule, PrivacyError, Private, dpcompile, make_private
-from dpcompile.accountant import Accountant, Poisson, Stated, Step, epsilon
+from dpcompile.accountant import Accountant, epsilon
 from dpcompile.adaptive import AdaptiveClipping
 from dpcompile.optimizer import AdamBC
 from dpcompile.sampling import PoissonSampler
+from dpcompile.schemes import Poisson, Stated, Step
 
 N, WIDTH, CLASSES, RATE = 60, 5, 3, 0.3
 DELTA = 1e-3

@@ -26,8 +26,9 @@ from resume_script import (
     lines,
 )
 
-from dpcompile.accountant import Accountant, Poisson, Step
+from dpcompile.accountant import Accountant
 from dpcompile.ledger import Ledger
+from dpcompile.schemes import Poisson, Step
 
 SCRIPT = Path(__file__).with_name("resume_script.py")
 

@@ -32,15 +32,8 @@ from torch.utils.data import (
 
 from dpcompile import sampling
 from dpcompile.errors import DPCompileError, PrivacyError
-from dpcompile.sampling import (
-    FixedSizeSampler,
-    PhysicalBatch,
-    PoissonSampler,
-    PrivateLoader,
-    Sampler,
-    ShuffledSampler,
-    without_samples,
-)
+from dpcompile.loader import PhysicalBatch, PrivateLoader, without_samples
+from dpcompile.sampling import FixedSizeSampler, PoissonSampler, Sampler, ShuffledSampler
 
 P = 1e-6
 SIZE = 60

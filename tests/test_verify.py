@@ -25,7 +25,7 @@ def linear(program: Program) -> torch.fx.Node:
     return program.graph.find_nodes(op="call_function", target=aten.linear.default)[0]
 
 
-def refused(program: Program, pattern: str) -> None:
+def assert_refused(program: Program, pattern: str) -> None:
     with pytest.raises(DPCompileError, match=f"(?s)some-pass: .*{pattern}.*bug of dpcompile"):
         verify(program, "some-pass")
 
@@ -37,21 +37,21 @@ def test_a_sound_program_passes(program: Program) -> None:
 def test_a_node_used_before_it_is_defined(program: Program) -> None:
     placeholder = program.graph.find_nodes(op="placeholder")[0]
     linear(program).append(placeholder)
-    refused(program, "not well formed")
+    assert_refused(program, "not well formed")
 
 
 def test_placeholders_in_another_order(program: Program) -> None:
-    refused(replace(program, inputs=program.inputs[::-1]), "do not match inputs")
+    assert_refused(replace(program, inputs=program.inputs[::-1]), "do not match inputs")
 
 
 def test_a_result_that_is_not_in_the_graph(program: Program) -> None:
-    refused(replace(program, outputs=(Output("nowhere", OutputKind.USER),)), "nowhere")
+    assert_refused(replace(program, outputs=(Output("nowhere", OutputKind.USER),)), "nowhere")
 
 
 def test_a_batch_size_that_was_fixed(program: Program) -> None:
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):
         assert program.batch == program.batch.node.hint  # a guard that fixes the symbol
-    refused(program, "was fixed")
+    assert_refused(program, "was fixed")
 
 
 @pytest.mark.parametrize("factor", [1, 3])
@@ -60,11 +60,11 @@ def test_a_traced_size_written_into_an_argument(program: Program, factor: int) -
     with program.graph.inserting_after(node):
         view = program.graph.call_function(aten.view.default, (node, [program.batch.node.hint * factor, -1]))
     view.meta = dict(node.meta)
-    refused(program, "written into it")
+    assert_refused(program, "written into it")
 
 
 def test_a_traced_size_in_a_shape(program: Program) -> None:
     node = linear(program)
     with node.meta["val"].fake_mode:
         node.meta["val"] = torch.empty(program.batch.node.hint, 3)
-    refused(program, "in its shape")
+    assert_refused(program, "in its shape")
