@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from networks import norm, residual_blocks
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -122,37 +123,13 @@ def folders(data_dir: Path, public_dir: Path | None, size: int) -> Data:
 # ---------------------------------------------------------------- model
 
 
-def norm(channels: int) -> nn.Module:
-    return nn.GroupNorm(math.gcd(32, channels), channels)
-
-
-class ResidualBlock(nn.Module):
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
-        self.norm1 = norm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm2 = norm(channels)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or channels_in != channels:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride, bias=False), norm(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
-
-
 def resnet18(channels: int, size: int, width: int, classes: int) -> nn.Sequential:
     """Stem, 8 blocks, head: 10 parts. The stem of large images reduces them by 4, that of small ones by 2."""
     stem = [nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False), norm(width), nn.ReLU()]
     if size > 64:
         stem.append(nn.MaxPool2d(3, stride=2, padding=1))
-    parts: list[nn.Module] = [nn.Sequential(*stem)]
-    before = width
-    for after, stride in ((width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)):
-        parts += [ResidualBlock(before, after, stride), ResidualBlock(after, after, 1)]
-        before = after
-    return nn.Sequential(*parts, head(before, classes))
+    blocks, features = residual_blocks(width)
+    return nn.Sequential(nn.Sequential(*stem), *blocks, head(features, classes))
 
 
 def head(features: int, classes: int) -> nn.Module:

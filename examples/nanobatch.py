@@ -12,6 +12,8 @@ scikit-learn's digits, repeated with pixel noise: something to measure with, not
 Throughput is that of the whole step: sampling, forward, backward, clipping, noise, update. Memory is the most bytes of
 tensors alive at a time within a step, beside model and data, as torch's profiler counts allocations (what convolution
 libraries take for themselves is not in it). It comes from one physical batch, so a step of a few of them is profiled.
+Flat clipping keeps the output gradient of every layer until the last norm is known; per-layer clipping keeps none. It
+shows where a layer keeps little else: in `deep` (tanh keeps what the next layer needs anyway) more than in `small`.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from networks import resnet18
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -55,7 +58,7 @@ CLASSES = 10
 CLIP_GROUPS = ("flat", "per-layer")
 MAX_GRAD_NORM = 1.0
 PROFILED_BATCHES = 4  # physical batches of the step whose memory is measured
-TOLERANCE = 1e-2  # of the difference of two sums, over R, which is what one sample may add
+TOLERANCE = 1e-3  # of the difference of two sums, over R, which is what one sample may add
 
 # ---------------------------------------------------------------- models and images
 
@@ -77,25 +80,19 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(256, 512), nn.SiLU(), nn.Linear(512, CLASSES))
 
 
-class ResidualBlock(nn.Module):
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.branch = nn.Sequential(*convolution(channels_in, channels, stride), *convolution(channels, channels)[:2])
-        self.shortcut = nn.Sequential(*convolution(channels_in, channels, stride)[:2]) if stride > 1 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(self.branch(x) + self.shortcut(x))
+def deep() -> nn.Module:
+    """Eight linear layers over 16 patches."""
+    layers: list[nn.Module] = [nn.Unfold(4, stride=4), nn.Linear(16, 128), nn.Tanh()]
+    for _ in range(7):
+        layers += [nn.Linear(128, 128), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 128, CLASSES))
 
 
-def resnet18() -> nn.Module:
-    layers, before = convolution(1, 64), 64
-    for after, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        layers += [ResidualBlock(before, after, stride), ResidualBlock(after, after, 1)]
-        before = after
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, CLASSES))
+def residual() -> nn.Module:
+    return resnet18(1, 16, 64, nn.SiLU)
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"small": small, "mlp": mlp, "resnet18": resnet18}
+MODELS: dict[str, Callable[[], nn.Module]] = {"deep": deep, "small": small, "mlp": mlp, "resnet18": residual}
 
 
 def images(count: int) -> TensorDataset:
@@ -240,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--logical", type=int, default=4096, help="expected size of the logical batch")
     parser.add_argument("--physical", type=int, nargs="+", default=[1, 8, 64], help="most samples in one forward")
-    parser.add_argument("--model", choices=MODELS, default="small")
+    parser.add_argument("--model", choices=MODELS, default="deep")
     parser.add_argument("--plot", metavar="FILE", help="draw throughput and memory against the physical batch")
     args = parser.parse_args(argv)
     if args.logical < 1 or min(args.physical) < 1:

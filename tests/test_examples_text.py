@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import text_tasks
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = ["--steps", "2", "--batch-size", "8", "--length", "8", "--train-samples", "80", "--test-samples", "20"]
@@ -32,7 +33,7 @@ def example(name: str) -> ModuleType:
 def few_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small part of each library, which is quick to read."""
     parts = {"graphs": ("networkx", "algorithms/centrality"), "algebra": ("sympy", "geometry")}
-    monkeypatch.setattr(example("example_text"), "LIBRARIES", parts)
+    monkeypatch.setattr(text_tasks, "LIBRARIES", parts)
 
 
 @pytest.mark.parametrize("model", ["lstm", "encoder"])
