@@ -180,6 +180,7 @@ class Private:
         self._ledger_file = None if ledger_file is None else Path(ledger_file)
         self._step = 0
         self._bounds: list[float] = []  # of the logical batch under way
+        self._bound: Tensor | None = None  # what the graph clips with: another one whenever a bound is set
         self._coordinates = sum(p.numel() for p in dp_model.parameters() if p.requires_grad)
         if self._ledger_file is not None and self._ledger_file.exists():
             ledger.load_state_dict(Ledger.load(self._ledger_file).state_dict())  # a run never begins with less spent
@@ -230,6 +231,7 @@ class Private:
     def _on_batch(self, batch: PhysicalBatch) -> None:
         if self.optimizer.on_batch(batch):
             self._bounds = list(self.dp_model.max_grad_norms.values())
+            self._bound = self.dp_model._bound
 
     def _unclipped(self, norms_GB: Tensor, weight_B: Tensor | None) -> Tensor:
         assert self._recipe.adaptive is not None
@@ -237,7 +239,7 @@ class Private:
 
     def _release(self, unclipped: Tensor | None) -> float:
         """Account for the step that is complete, before anything of it is used; the std of its noise."""
-        if self._bounds != list(self.dp_model.max_grad_norms.values()):
+        if self._bound is not self.dp_model._bound:  # to set a bound and to set it back is a change too
             raise PrivacyError("private: max_grad_norm was changed within a logical batch. Change it between steps.")
         shuffled = isinstance(self._recipe.scheme, ShuffledEpochs)
         step = Step(self._recipe.scheme, self.noise_multiplier, reshuffled=shuffled and self.loader.begins_epoch)

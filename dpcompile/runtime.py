@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from dpcompile import records
 from dpcompile.calls import TARGETS, CallSpec
 from dpcompile.clipping import Clipping, total_bound
-from dpcompile.errors import DPCompileError, PrivacyError
+from dpcompile.errors import DPCompileError
 from dpcompile.ir import InputKind, Output, OutputKind, Program
 from dpcompile.plan import Plan
 from dpcompile.torch_internals import boxed
@@ -167,8 +167,6 @@ class DPModule(nn.Module):
         self._set_bounds([values[name] for name in names])
 
     def _set_bounds(self, bounds: Sequence[float]) -> None:
-        if self.__dict__.get("_bounds_fixed_by") is not None:
-            raise PrivacyError(f"max_grad_norm: {self._bounds_fixed_by}.")
         self._bounds = tuple(float(bound) for bound in bounds)
         self._bound = torch.tensor(self._bounds, dtype=torch.float64)  # an input of the graph: no new compilation
 

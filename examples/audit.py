@@ -123,14 +123,15 @@ def with_canaries(canaries: Canaries) -> TensorDataset:
 def wrongly_clipped(dp_model: DPModule, factor: float) -> Iterator[None]:
     """The fault that is planted: gradients made in here are clipped at factor * R, and nobody else hears of it.
 
-    Noise and accounting read the bound when the logical batch begins and when it is released, and find R.
+    Only the tensor that the graph clips with is changed; noise and accounting read R. To set `max_grad_norm` within a
+    logical batch would be refused.
     """
-    bound = dp_model.max_grad_norm
-    dp_model.max_grad_norm = factor * bound
+    bound = dp_model._bound.clone()
+    dp_model._bound.mul_(factor)
     try:
         yield
     finally:
-        dp_model.max_grad_norm = bound
+        dp_model._bound.copy_(bound)
 
 
 def train(

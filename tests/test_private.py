@@ -579,11 +579,16 @@ def test_evaluation_between_steps_is_free() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, train(run(max_physical_batch=7)), strict=True))
 
 
-def test_max_grad_norm_changes_between_steps_only() -> None:
+@pytest.mark.parametrize("set_back", [False, True])
+def test_max_grad_norm_changes_between_steps_only(set_back: bool) -> None:
     private = run(max_physical_batch=2)
+    before = private.dp_model.max_grad_norm
     batches = iter(private.loader)
     step(private, *next(batches))
     private.dp_model.max_grad_norm = 5.0
+    step(private, *next(batches))
+    if set_back:
+        private.dp_model.max_grad_norm = before
 
     def finish() -> None:
         for x, y in batches:
