@@ -114,7 +114,7 @@ class Measured:
 
     groups: str
     physical: int
-    samples: int  # in the logical batch
+    samples: int  # in the logical batch, padding included
     seconds: float
     noisy_sum: Tensor  # all gradients in one row
     peak_bytes: int
@@ -125,7 +125,7 @@ def compiled(name: str, groups: str) -> DPModule:
     return dpcompile(MODELS[name](), images(8).tensors[0], max_grad_norm=MAX_GRAD_NORM, clip_groups=groups)
 
 
-def run_of(dp_model: DPModule, logical: int, physical: int) -> Private:
+def run_of(dp_model: DPModule, logical: int, physical: int, *, pad: bool) -> Private:
     """A private run over twice as many images as a logical batch has on average; a fresh copy of the model."""
     dp_model = copy.deepcopy(dp_model)
     optimizer = torch.optim.SGD(dp_model.parameters(), lr=0.1)
@@ -135,17 +135,18 @@ def run_of(dp_model: DPModule, logical: int, physical: int) -> Private:
         images(2 * logical),
         batch_size=logical,
         max_physical_batch=physical,
+        pad=pad,
         noise_multiplier=1.0,
         target_delta=1e-5,
         seed=0,
     )
 
 
-def take_step(private: Private, progress: tqdm[Any] | None = None) -> int:
+def take_step(private: Private, forward: Any, progress: tqdm[Any] | None = None) -> int:
     """Physical batches until the logical one is complete; how many samples it had. Gradients stay: noisy means."""
     samples = 0
     for x, y in private.loader:
-        F.cross_entropy(private.dp_model(x), y).backward()
+        F.cross_entropy(forward(x), y).backward()
         private.optimizer.step()
         samples += len(x)
         if progress is not None:
@@ -155,29 +156,47 @@ def take_step(private: Private, progress: tqdm[Any] | None = None) -> int:
     return samples
 
 
-def measure(dp_model: DPModule, groups: str, logical: int, physical: int) -> Measured:
-    peak_bytes = peak_of(dp_model, logical, physical)
-    private = run_of(dp_model, logical, physical)
-    with tqdm(total=logical, desc=f"{groups}, {physical} at a time", unit="sample") as progress:
+def forward_of(private: Private, compiled: bool) -> Any:
+    """The module, or its compiled form: padded batches have one shape, so it is compiled once."""
+    if not compiled:
+        return private.dp_model
+    torch.compiler.reset()  # it counts how often it compiles one piece of code, here for a new copy of the model
+    return torch.compile(private.dp_model, fullgraph=True)
+
+
+def timed_step(private: Private, forward: Any, name: str, logical: int) -> tuple[Tensor, float, int]:
+    """The noisy sum of the gradients in one row, seconds, samples."""
+    private.optimizer.zero_grad()
+    with tqdm(total=logical, desc=name, unit="sample") as progress:
         started = time.perf_counter()
-        samples = take_step(private, progress)
+        samples = take_step(private, forward, progress)
         seconds = time.perf_counter() - started
     grads = [p.grad.flatten() for p in private.dp_model.parameters() if p.grad is not None]
-    noisy_sum = torch.cat(grads).double() * private.loader.sampler.expected_batch_size
+    return torch.cat(grads).double() * private.loader.sampler.expected_batch_size, seconds, samples
+
+
+def measure(dp_model: DPModule, groups: str, logical: int, physical: int, compiled: bool) -> Measured:
+    peak_bytes = peak_of(dp_model, logical, physical, compiled)
+    private = run_of(dp_model, logical, physical, pad=compiled)
+    forward = forward_of(private, compiled)
+    noisy_sum, seconds, samples = timed_step(private, forward, f"{groups}, {physical} at a time", logical)
+    if compiled:  # the first step compiled
+        _, seconds, samples = timed_step(private, forward, f"{groups}, {physical} at a time, again", logical)
     return Measured(groups, physical, samples, seconds, noisy_sum, peak_bytes)
 
 
 # ---------------------------------------------------------------- memory
 
 
-def peak_of(dp_model: DPModule, logical: int, physical: int) -> int:
+def peak_of(dp_model: DPModule, logical: int, physical: int, compiled: bool) -> int:
     """Most bytes of tensors alive at a time within one step, beside those that were there before it."""
-    private = run_of(dp_model, min(logical, PROFILED_BATCHES * physical), physical)
-    take_step(private)
+    private = run_of(dp_model, min(logical, PROFILED_BATCHES * physical), physical, pad=compiled)
+    forward = forward_of(private, compiled)
+    take_step(private, forward)
     private.optimizer.zero_grad()
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        take_step(private)
+        take_step(private, forward)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
@@ -195,7 +214,7 @@ def difference(a: Measured, b: Measured) -> float:
 
 
 def as_table(name: str, rows: list[Measured]) -> Table:
-    table = Table(title=f"{name}: one private step of {rows[0].samples} samples", title_justify="left")
+    table = Table(title=f"{name}: one private step of {min(row.samples for row in rows)} samples", title_justify="left")
     table.add_column("clipping")
     for heading in ("physical batch", "step s", "samples/s", "peak MB", "sum differs by (of R)"):
         table.add_column(heading, justify="right")
@@ -238,6 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--logical", type=int, default=4096, help="expected size of the logical batch")
     parser.add_argument("--physical", type=int, nargs="+", default=[1, 8, 64], help="most samples in one forward")
     parser.add_argument("--model", choices=MODELS, default="deep")
+    parser.add_argument("--compile", action="store_true", help="run the emitted graph through torch.compile")
     parser.add_argument("--plot", metavar="FILE", help="draw throughput and memory against the physical batch")
     args = parser.parse_args(argv)
     if args.logical < 1 or min(args.physical) < 1:
@@ -247,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     for groups in CLIP_GROUPS:
         dp_model = compiled(args.model, groups)
         for physical in sorted(set(args.physical)):
-            rows.append(measure(dp_model, groups, args.logical, physical))
+            rows.append(measure(dp_model, groups, args.logical, physical, args.compile))
 
     console = Console()
     if not console.is_terminal:
