@@ -30,21 +30,35 @@ class Origin:
 
 def origin(node: fx.Node) -> Origin:
     """The innermost module of the user's model in which a node was traced, and the innermost line of user code."""
-    module, module_type = _module(node.meta.get("nn_module_stack") or {})
+    module, module_type = next(reversed((modules_of(node) or {}).values()), (ROOT, ""))
     return Origin(module, module_type, _line(node.meta.get("stack_trace") or ""))
 
 
-def _module(stack: dict[str, Any]) -> tuple[str, str]:
-    for path, module_type in reversed(list(stack.values())):
+def op_name(node: fx.Node) -> str:
+    """The op as a user knows it: `batch_norm` for each of the forms that torch gives it."""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    name = getattr(packet, "__name__", node.name)
+    return "batch_norm" if "batch_norm" in name else name.removeprefix("_").removeprefix("native_")
+
+
+def modules_of(node: fx.Node) -> dict[str, tuple[str, str]] | None:
+    """The module calls in which a node was traced, outermost first: call -> path and class of the user's module.
+
+    Empty outside the model: in the wrapper that capture puts around it, or in the loss. None where torch kept none.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    marks = 0
+    stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
+    for call, (path, module_type) in stack.items():
         name = module_type if isinstance(module_type, str) else module_type.__name__
         short = name.rsplit(".", 1)[-1]
         if short.startswith("_empty_nn_module_stack"):
-            continue  # a mark that torch leaves on nodes made by its own passes
-        if path == "model":
-            return ROOT, short
-        if path.startswith("model."):
-            return path.removeprefix("model."), short
-    return ROOT, ""  # outside the model: the wrapper that capture puts around it, or the loss
+            marks += 1  # torch leaves it on nodes made by its own passes
+        elif path == "model":
+            found[call] = (ROOT, short)
+        elif path.startswith("model."):
+            found[call] = (path.removeprefix("model."), short)
+    return None if marks == len(stack) else found
 
 
 def _line(stack_trace: str) -> str:
@@ -60,4 +74,6 @@ def _line(stack_trace: str) -> str:
 
 
 def _is_library(file: str) -> bool:
+    if file.startswith("<eval_with_key>"):
+        return True  # code that torch.fx wrote
     return os.path.abspath(file).startswith(_LIBRARY) or os.path.realpath(file).startswith(_PASSES)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import operator
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph import _BoxedCodeGen  # no public code generator frees its inputs
 from torch.fx.node import map_arg
+from torch.fx.proxy import TracerBase
 from torch.utils._pytree import tree_map_only
 
 from dpcompile.errors import NoRuleError
@@ -34,6 +38,35 @@ aten = torch.ops.aten
 DECOMPOSITIONS: dict[OperatorBase, Callable[..., Any]] = {
     op: decomposition_table[op] for op in (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 }
+
+
+def made_of(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
+    """The op as a function of simpler ops: the kernel that composes it, or torch's own table; None for a basic op."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    if op.has_kernel_for_dispatch_key(key):
+        return functools.partial(op._op_dk, key)  # `op.decompose` would call what export has put in its place
+    return decomposition_table.get(op)
+
+
+@contextlib.contextmanager
+def users_frames() -> Iterator[None]:
+    """Stack traces with the frames of all the user's code: export keeps those of functions named `forward` alone.
+
+    A message then names the line in a helper or in the loss. Code of installed packages is kept as export keeps it.
+    """
+    before = TracerBase._filter_traceback_frames
+
+    def kept(self: TracerBase, user_stack_summary: traceback.StackSummary) -> traceback.StackSummary:
+        inside = itertools.dropwhile(lambda frame: frame.name != "forward", user_stack_summary)
+        return traceback.StackSummary.from_list(
+            [frame for frame in inside if frame.name == "forward" or "-packages" not in frame.filename]
+        )
+
+    TracerBase._filter_traceback_frames = kept
+    try:
+        yield
+    finally:
+        TracerBase._filter_traceback_frames = before
 
 
 @contextlib.contextmanager
@@ -66,6 +99,16 @@ def fake_mode_of(graph: torch.fx.Graph) -> FakeTensorMode:
     raise AssertionError("a captured graph has at least one tensor")
 
 
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Ops as they are written: autocast would put norms into narrow types. Casts of the model are ops of its graph."""
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
 def trace(
     fn: Callable[..., Any], *values: Any, mode: FakeTensorMode, decompose: bool = False, vmapped: bool = False
 ) -> torch.fx.GraphModule:
@@ -75,7 +118,7 @@ def trace(
     `vmapped` says that `fn` uses torch.func.vmap over the batch: see `_trace_vmapped`.
     """
     table = torch.export.default_decompositions() if decompose else {}
-    with symbolic_batch(), enable_python_dispatcher():
+    with symbolic_batch(), enable_python_dispatcher(), without_autocast():
         if vmapped:
             fn = _trace_vmapped(fn, values)
         with mode:
@@ -89,7 +132,7 @@ def trace(
 def fake_value(node: torch.fx.Node) -> Any:
     """What a node gives, from the fake values of its arguments."""
     args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-    with symbolic_batch(), enable_python_dispatcher(), fake_mode_of(node.graph):
+    with symbolic_batch(), enable_python_dispatcher(), fake_mode_of(node.graph), without_autocast():
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
@@ -173,10 +216,16 @@ def _batch_of(values: Sequence[Any]) -> tuple[int, int, int, int]:
     found = []
     for i, value in enumerate(values):
         for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-            if isinstance(size, torch.SymInt):
+            if isinstance(size, torch.SymInt) and size.node.expr.free_symbols:
                 (symbol,) = size.node.expr.free_symbols
                 fold = int(size.node.expr / symbol)
                 found.append((fold, i, dim, size.node.hint // fold))
+    if not found:
+        raise NoRuleError(
+            "find-sites: an op with a parameter fixes the batch size while its backward is traced, so torch.func.vmap "
+            "cannot take a per-sample gradient. Keep the batch in a dimension of its own there (no flatten), or write "
+            "the op as a linear, embedding or pointwise one."
+        )
     fold, i, dim, hint = min(found)
     return i, dim, fold, hint
 

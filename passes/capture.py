@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +16,13 @@ from torch.utils import _pytree as pytree
 
 from dpcompile.calls import CallSpec
 from dpcompile.cells import CELLS
-from dpcompile.errors import CaptureError
+from dpcompile.choices import choice_by_data, line_of, user_frames
+from dpcompile.errors import CaptureError, DPCompileError, Finding, refusal
 from dpcompile.ir import Input, InputKind, Output, OutputKind, Program
-from dpcompile.origin import origin
-from dpcompile.torch_internals import DECOMPOSITIONS, symbolic_batch
+from dpcompile.origin import op_name, origin
+from dpcompile.rules.batching import rule_for
+from dpcompile.rules.batching.base import NEW_RULE, size_of
+from dpcompile.torch_internals import DECOMPOSITIONS, made_of, symbolic_batch, users_frames
 
 aten = torch.ops.aten
 
@@ -97,13 +99,15 @@ def capture(
         {leaf.batch_dim: torch.export.Dim.DYNAMIC} if leaf.batch_dim is not None else None for leaf in call.leaves
     )
     try:
-        with symbolic_batch(), warnings.catch_warnings(), torch.enable_grad():
+        with symbolic_batch(), users_frames(), warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")  # torch.export's own deprecations: nothing a user could act on
             exported = torch.export.export(root, sample, dynamic_shapes=(dynamic,), strict=False)
             _keep_no_grad_regions(exported.graph_module)
             _inline_empty_literals(exported.graph_module)
-            exported = exported.run_decompositions({**DECOMPOSITIONS, **CELLS})
-    except CaptureError:
+            lines = _lines_of_regions(exported.graph_module)
+            exported = _written_out(exported.run_decompositions({**DECOMPOSITIONS, **CELLS}))
+            _restore_lines(exported.graph, lines)
+    except DPCompileError:
         raise
     except Exception as error:
         raise CaptureError(_capture_message(model, call, error)) from error
@@ -119,29 +123,26 @@ def _hint(model: nn.Module, call: CallSpec) -> int:
 
 def _capture_message(model: nn.Module, call: CallSpec, error: Exception) -> str:
     reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])[:400]
-    frame = next(
-        (
-            f"{f.filename}:{f.lineno}: {f.line}"
-            for f in reversed(_traceback(error))
-            if "/torch/" not in f.filename.replace("\\", "/") and not f.filename.endswith("capture.py")
-        ),
-        "",
-    )
+    choice = choice_by_data(error)
+    if choice is not None:
+        return f"capture: the forward of {type(model).__name__} {choice}"
     if "specialized it to be a constant" in reason:
         return (
             f"capture: the forward of {type(model).__name__} makes a plain number of the batch size, with "
-            f"{call.describe()}.\n  len(x), int(x.shape[0]) or a literal does so: write x.shape[0]."
+            f"{call.describe()}.\n  len(x), int(x.shape[0]), a literal, or numpy "
+            "given the size (to draw a mask, say) does so: write x.shape[0], and draw with torch."
+        )
+    frames = user_frames(error)
+    where = f"\n  at {line_of(*frames[-1])}" if frames else ""
+    if "_apply(): Couldn't swap" in reason:
+        return (
+            f"capture: the forward of {type(model).__name__} converts a module's parameters.{where}\n"
+            "  cure: Call module.to(...) once, before compiling, and not in the forward."
         )
     return (
         f"capture: {type(model).__name__} cannot be captured with {call.describe()}.\n"
-        f"  {type(error).__name__}: {reason}" + (f"\n  at {frame}" if frame else "")
+        f"  {type(error).__name__}: {reason}{where}"
     )
-
-
-def _traceback(error: BaseException) -> list[Any]:
-    frames = list(traceback.extract_tb(error.__traceback__))
-    cause = error.__cause__ or error.__context__
-    return (_traceback(cause) if cause is not None else []) + frames
 
 
 def _register_known_outputs() -> None:
@@ -197,6 +198,71 @@ def _inline_empty_literals(module: fx.GraphModule) -> None:
         node.replace_all_uses_with(empty)
         module.graph.erase_node(node)
     module.recompile()
+
+
+def _written_out(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Composed ops of which no batching rule knows (hstack, quantile, trapezoid), in the ops that they are made of."""
+    for _ in range(5):  # what they are made of may be composed too
+        unknown = {
+            node.target
+            for node in exported.graph.nodes
+            if isinstance(node.target, torch._ops.OpOverload) and rule_for(node.target) is None and _sees_batch(node)
+        }
+        table: dict[Any, Any] = {op: made_of(op) for op in unknown if made_of(op) is not None}
+        if not table:
+            break
+        refused = _without_rule(exported.graph, table)
+        try:
+            exported = exported.run_decompositions(table)
+        except Exception as error:
+            raise refused from error
+        if all(isinstance(size_of(size), int) for size in _sizes(exported.graph.find_nodes(op="placeholder"))):
+            raise refused  # what composes the op has fixed the batch size
+    return exported
+
+
+def _without_rule(graph: fx.Graph, ops: Container[Any]) -> DPCompileError:
+    """The refusal of ops that cannot be written out either."""
+    found = []
+    for node in graph.nodes:
+        if node.target in ops and _sees_batch(node):
+            where = origin(node)
+            problem = "has no batching rule"
+            found.append(
+                Finding(where.module, where.module_type, op_name(node), where.line, problem, NEW_RULE, mixes=False)
+            )
+    return refusal(found, "capture")
+
+
+def _sees_batch(node: fx.Node) -> bool:
+    """Whether a tensor that the op takes or gives has a size that is not a plain number."""
+    return any(isinstance(size, torch.SymInt) for size in _sizes([node, *node.all_input_nodes]))
+
+
+def _sizes(nodes: Iterable[fx.Node]) -> Iterator[int | torch.SymInt]:
+    for value in pytree.tree_leaves([node.meta.get("val") for node in nodes]):
+        if isinstance(value, torch.Tensor):
+            yield from value.shape
+
+
+def _lines_of_regions(module: fx.GraphModule) -> dict[str, str]:
+    """Line of generated code -> the user's own stack trace, for regions that torch traces again (autocast, no_grad)."""
+    found: dict[str, str] = {}
+    for inner in module.modules():
+        if isinstance(inner, fx.GraphModule) and inner is not module:
+            traces = {node.name: node.meta.get("stack_trace") for node in inner.graph.nodes}
+            for line in map(str.strip, inner.code.splitlines()):
+                trace = traces.get(line.partition(" = ")[0])
+                if trace:
+                    found[line] = trace if found.get(line, trace) == trace else ""
+    return found
+
+
+def _restore_lines(graph: fx.Graph, lines: dict[str, str]) -> None:
+    for node in graph.nodes:
+        trace = node.meta.get("stack_trace") or ""
+        if "<eval_with_key>" in trace:
+            node.meta["stack_trace"] = lines.get(trace.rstrip().splitlines()[-1].strip()) or trace
 
 
 def _program_of(exported: torch.export.ExportedProgram, model: nn.Module, call: CallSpec) -> Program:

@@ -8,8 +8,10 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from dpcompile.errors import Finding, refusal
 from dpcompile.forms import Explicit, Form, explicit, merge, transposed
 from dpcompile.ir import Backward, Chain, Derived, Group, Program, Site, Space, Tracked
+from dpcompile.origin import origin
 from dpcompile.passes.find_sites import call_of
 from dpcompile.rules.sites import BY_NAME
 from dpcompile.rules.sites.fallback import Fallback
@@ -162,8 +164,27 @@ class GroupReader:
             return self._simple[value.node](*self.with_params(sources, self._replaced(params, value, list(given))))
 
         vjp = torch.func.vjp(h, *own)[1]
-        return list(torch.func.vmap(vjp)(grad))
+        try:
+            return list(torch.func.vmap(vjp)(grad))
+        except RuntimeError as error:
+            if "vmap fallback" in str(error):
+                raise refusal([_not_vmapped(self._nodes[value.node], str(error))], "find-sites") from error
+            raise
 
     def _replaced(self, params: list[torch.Tensor], value: Derived, given: list[torch.Tensor]) -> list[torch.Tensor]:
         new = dict(zip(value.params, given, strict=True))
         return [new.get(name, old) for name, old in zip(self.group.params, params, strict=True)]
+
+
+def _not_vmapped(value: fx.Node, reason: str) -> Finding:
+    where = origin(value)
+    missing = reason.partition(" ")[0].removeprefix("aten::")
+    return Finding(
+        where.module,
+        where.module_type,
+        str(value.target).removeprefix("aten."),
+        where.line,
+        f"is computed from parameters and has no per-sample gradient: torch.func.vmap has no rule for {missing}",
+        "compute it with pointwise ops, products and views",
+        mixes=False,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import string
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import fx
 
 from dpcompile.inline import carry_origin, inline
 from dpcompile.ir import Program
+from dpcompile.passes.marked_rows import gather_marked_rows
 from dpcompile.rules.sites.base import bind, is_tensor
 from dpcompile.torch_internals import fake_value
 
@@ -53,11 +55,45 @@ def _masked_fill(x: torch.Tensor, mask: torch.Tensor, value: torch.Tensor, *, a:
     return torch.where(mask, value.to(x.dtype), x)
 
 
+def _copy(target: torch.Tensor, source: torch.Tensor, *, a: dict[str, Any]) -> torch.Tensor:
+    return source.to(target.dtype).expand(target.shape)
+
+
 def _bilinear(
     x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor, a: dict[str, Any]
 ) -> torch.Tensor:
     products = (x.unsqueeze(-1) * y.unsqueeze(-2)).flatten(-2)
     return F.linear(products, weight.flatten(1), *bias)
+
+
+def _embedding_bag(
+    weight: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, *weights: torch.Tensor, a: dict[str, Any]
+) -> torch.Tensor:
+    """Bags of equal size as a look-up and a masked sum, mean or largest; a bag of padding alone gives zero."""
+    mode, padding = a.get("mode", 0), a.get("padding_idx")
+    sizes = [offsets.shape[0], _bag_size(a)]
+    index_Bn = indices.reshape(sizes)
+    rows_Bnd = F.embedding(index_Bn, weight)
+    if weights:
+        rows_Bnd = rows_Bnd * weights[0].reshape(sizes).unsqueeze(-1)
+    kept_Bn1 = torch.ones_like(index_Bn, dtype=torch.bool).unsqueeze(-1)
+    if padding is not None and padding >= 0:
+        kept_Bn1 = (index_Bn != padding).unsqueeze(-1)
+    if mode == 2:
+        largest_Bd = torch.where(kept_Bn1, rows_Bnd, float("-inf")).max(1).values
+        return torch.where(kept_Bn1.any(1), largest_Bd, 0.0)
+    sum_Bd = torch.where(kept_Bn1, rows_Bnd, 0.0).sum(1)
+    return sum_Bd / kept_Bn1.sum(1).clamp(min=1).to(sum_Bd.dtype) if mode == 1 else sum_Bd
+
+
+def _bag_size(a: dict[str, Any]) -> int | None:
+    """How many indices each bag has, where all have equally many: F.embedding_bag of a matrix of indices."""
+    offsets, indices = a["offsets"], a["indices"].meta["val"]
+    if offsets.target is not aten.arange.start_step or offsets.args[0] != 0 or a.get("include_last_offset"):
+        return None
+    step = (*offsets.args, 1)[2]
+    regular = isinstance(step, int) and indices.dim() == 1 and not a.get("scale_grad_by_freq")
+    return step if regular and str(indices.shape[0]) == str(offsets.meta["val"].shape[0] * step) else None
 
 
 _STATS = ("running_mean", "running_var")
@@ -70,7 +106,10 @@ REWRITES: dict[Any, tuple[tuple[str, ...], Callable[..., torch.Tensor]]] = {
     aten.instance_norm.default: (("input", "weight", "bias"), _instance_norm),
     aten.prelu.default: (("self", "weight"), _prelu),
     aten.masked_fill.Tensor: (("self", "mask", "value"), _masked_fill),
+    aten.copy.default: (("self", "src"), _copy),  # what x[:, i] = y leaves; it has no derivative
     aten.bilinear.default: (("input1", "input2", "weight", "bias"), _bilinear),
+    aten.embedding_bag.default: (("weight", "indices", "offsets", "per_sample_weights"), _embedding_bag),
+    aten.embedding_bag.padding_idx: (("weight", "indices", "offsets", "per_sample_weights"), _embedding_bag),
 }
 
 
@@ -78,11 +117,16 @@ def normalise(program: Program) -> Program:
     """The captured program, rewritten where REWRITES says so, with the dead bookkeeping of export removed."""
     program = program.copy()
     graph = program.graph
+    gather_marked_rows(graph)
     for node in list(graph.nodes):
         if node.op == "call_function" and "_assert" in str(node.target):
             graph.erase_node(node)
         elif node.target in REWRITES:
             _rewrite(graph, node)
+        elif node.target is aten.einsum.default:
+            _einsum(graph, node)
+        elif node.target is aten.broadcast_tensors.default:
+            _broadcast_tensors(graph, node)
         elif node.target is aten.type_as.default:  # reads the other tensor's type alone
             node.target, node.args = aten._to_copy.default, node.args[:1]
             node.kwargs = {"dtype": node.meta["val"].dtype}
@@ -107,9 +151,12 @@ def normalise(program: Program) -> Program:
 def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
     names, fn = REWRITES[node.target]
     arguments = bind(node)
-    if ("weight" in arguments and not is_tensor(arguments["weight"])) or arguments.get("training"):
+    affine = [arguments[name] for name in ("weight", "bias") if name in arguments]
+    if (affine and not any(map(is_tensor, affine))) or arguments.get("training"):
         return
     if node.target is aten.instance_norm.default and not arguments["use_input_stats"]:
+        return
+    if fn is _embedding_bag and _bag_size(arguments) is None:
         return
     inputs = [arguments[name] for name in names if is_tensor(arguments.get(name))]
     (result,) = inline(graph, lambda *values: [fn(*values, a=arguments)], inputs)
@@ -122,10 +169,62 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
             return
     else:
         node.replace_all_uses_with(result)
+    _erase(graph, node)
+
+
+def _broadcast_tensors(graph: fx.Graph, node: fx.Node) -> None:
+    """Each of the values expanded on its own."""
+    (values,) = node.args
+    results = inline(graph, lambda *tensors: list(torch.broadcast_tensors(*tensors)), values)  # type: ignore[arg-type]
+    for user in list(node.users):
+        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+        graph.erase_node(user)
+    _erase(graph, node)
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """Take the node away; what was written in its place keeps its name and line."""
     start = next(n for n in graph.nodes if n is node)
     new = [n for n in graph.nodes if "nn_module_stack" not in n.meta and n.op == "call_function"]
     carry_origin(start, new)
     graph.erase_node(node)
+
+
+def _einsum(graph: fx.Graph, node: fx.Node) -> None:
+    """A product of three or more as products of two, from the first operand with a batch on: letters go when done."""
+    equation, tensors = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
+    sizes = [tensor.meta["val"].shape for tensor in tensors]
+    first = next((i for i, shape in enumerate(sizes) if any(isinstance(size, torch.SymInt) for size in shape)), None)
+    terms, result = _letters(equation, [len(shape) for shape in sizes])
+    if len(tensors) < 3 or first is None or any(len(set(term)) < len(term) for term in terms):
+        return
+    rest = [(tensor, term) for i, (tensor, term) in enumerate(zip(tensors, terms, strict=True)) if i != first]
+    made, have, new = tensors[first], terms[first], []
+    with graph.inserting_before(node):
+        while rest:
+            tensor, term = rest.pop(0)
+            needed = {*result, *(letter for _, other in rest for letter in other)}
+            kept = "".join(letter for letter in dict.fromkeys(have + term) if letter in needed) if rest else result
+            made = _call(graph, aten.einsum.default, f"{have},{term}->{kept}", [made, tensor])
+            have = kept
+            new.append(made)
+    carry_origin(node, new)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+def _letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """The letters of each operand and of the result, with letters for an ellipsis, aligned from the right."""
+    inputs, arrow, result = equation.partition("->")
+    free = [letter for letter in string.ascii_letters if letter not in equation]
+    terms = inputs.split(",")
+    widths = [rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True)]
+    leading = "".join(free[: max(widths)])
+    if not arrow:
+        once = sorted(c for c in set(inputs) - set(",.") if inputs.count(c) == 1)
+        result = "..." * ("..." in inputs) + "".join(once)
+    spelled = [term.replace("...", leading[len(leading) - width :]) for term, width in zip(terms, widths, strict=True)]
+    return spelled, result.replace("...", leading)
 
 
 def _repeat(graph: fx.Graph, node: fx.Node) -> None:

@@ -31,6 +31,7 @@ def tidied(program: Program) -> Program:
     output = graph.find_nodes(op="output")[0]
     output.args = ([nodes[o.node] if o.node is not None else o.literal for o in program.outputs],)
     drop_no_ops(graph)
+    reshape_views(graph)
     name_sizes(program)
     merge_common(graph)
     graph.eliminate_dead_code(is_impure_node=_is_impure)
@@ -55,6 +56,12 @@ def drop_no_ops(graph: fx.Graph) -> None:
         if node.target in _NO_OPS:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+
+
+def reshape_views(graph: fx.Graph) -> None:
+    """A view relies on strides, and those of a kernel (a convolution of a transposed input) need not be the traced."""
+    for node in graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default
 
 
 def name_sizes(program: Program) -> None:

@@ -20,7 +20,7 @@ from torch import fx
 
 from dpcompile.errors import Finding
 from dpcompile.ir import Axis, InputKind, Kind, Output, OutputKind, Program, Tracked, Value
-from dpcompile.origin import origin
+from dpcompile.origin import op_name, origin
 from dpcompile.rules.batching import READS_GRAPH, SHAPE_ONLY, TAKES_ROWS, TAKES_SIZES, rule_for
 from dpcompile.rules.batching.base import (
     CONSTANT,
@@ -43,6 +43,16 @@ READS_SIZE = {aten.sym_size, aten.sym_stride, aten.sym_numel, aten.sym_storage_o
 LEAK = "Remove the buffer update, or keep it from the data of the batch (for BatchNorm: nn.GroupNorm)."
 LOSS_OUTSIDE = "Return per-sample values, or compute the loss outside the model."
 WRONG_LOSS = "Return one loss for each sample, or their sum or mean, from loss_fn."
+
+LOOP = "Write a loop in Python with a fixed number of steps."
+REGIONS = {  # higher-order ops, and what to write instead
+    "cond": "Compute both branches and choose with torch.where.",
+    "map_impl": "Use torch.vmap, or a loop in Python over dimensions other than the batch.",
+    "scan": LOOP,
+    "associative_scan": "Use cumsum, cumprod or logcumsumexp, or a loop in Python.",
+    "while_loop": LOOP,
+    "flex_attention": "Use F.scaled_dot_product_attention with a mask.",
+}
 
 
 def track_batch(program: Program, loss: bool = False) -> Tracked:
@@ -121,6 +131,9 @@ class _Tracker:
         if not isinstance(node.target, torch._ops.OpOverload):
             if kinds <= {Kind.CONSTANT, Kind.PARAMETER} and not any(self.batch.dims(s) for s in _shapes(node)):
                 return PARAMETER if Kind.PARAMETER in kinds else CONSTANT
+            name = getattr(node.target, "__name__", "")
+            if name in REGIONS:
+                raise Mixes("runs a part of the model by itself, into which no rule looks", REGIONS[name], never=False)
             raise Mixes("has no batching rule", NEW_RULE, never=False)
         found = self._by_rule(Call.of(node, self.known, self.batch), kinds)
         self._check(node, found)
@@ -266,12 +279,12 @@ def _meetings(tracker: _Tracker, node: fx.Node) -> Iterator[tuple[fx.Node, Mixes
 def _finding(node: fx.Node, problem: Mixes) -> Finding:
     where = origin(node)
     return Finding(
-        where.module, where.module_type, _op_name(node), where.line, problem.problem, problem.cure, problem.never
+        where.module,
+        where.module_type,
+        op_name(node),
+        where.line,
+        problem.problem,
+        problem.cure,
+        problem.never,
+        node.name,
     )
-
-
-def _op_name(node: fx.Node) -> str:
-    """The op as a user knows it: `batch_norm` for each of the forms that torch gives it."""
-    packet = getattr(node.target, "overloadpacket", node.target)
-    name = getattr(packet, "__name__", node.name)
-    return "batch_norm" if "batch_norm" in name else name.removeprefix("_").removeprefix("native_")

@@ -125,19 +125,19 @@ def _compare(
         for value, a, b in pairs:
             if not isinstance(a, Tensor) or value.kind in (Kind.MIXED, Kind.REDUCED):
                 continue
-            a, b = _rows(a, value, rows_before), _rows(b, value, rows_after)
+            a, b = rows(a, value, rows_before), rows(b, value, rows_after)
             if value.kind is Kind.ROWS:
-                a, b = _rows(before[node.name], value, rows_after), b
-            same = torch.equal(a.nan_to_num(), b.nan_to_num()) if exact else _close(a, b)
+                a, b = rows(before[node.name], value, rows_after), b
+            same = torch.equal(a.nan_to_num(), b.nan_to_num()) if exact else close(a, b)
             assert same, f"{node.name} ({node.target}) is not {value}"
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def close(a: Tensor, b: Tensor) -> bool:
     wide = torch.complex128 if a.is_complex() else torch.float64
     return a.shape == b.shape and torch.allclose(a.to(wide), b.to(wide), rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
-def _rows(tensor: Tensor, value: Value, rows: list[int]) -> Tensor:
+def rows(tensor: Tensor, value: Value, rows: list[int]) -> Tensor:
     """The slices of some samples; all of a tensor that has no batch."""
     if value.axis is None:
         return tensor

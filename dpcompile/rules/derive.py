@@ -48,7 +48,7 @@ def permutation_of(node: torch.fx.Node) -> tuple[int, ...] | None:
     if not isinstance(value, torch.Tensor):
         return None
     order = list(range(value.dim()))
-    if node.target in _SAME:
+    if node.target in _SAME or _casts(node, value):
         return tuple(order)
     if node.target not in _PERMUTE:
         return None
@@ -62,6 +62,14 @@ def permutation_of(node: torch.fx.Node) -> tuple[int, ...] | None:
         return tuple(reversed(order))
     order[a], order[b] = order[b], order[a]
     return tuple(order)
+
+
+def _casts(node: torch.fx.Node, value: torch.Tensor) -> bool:
+    """A cast from one floating-point type to another and nothing else: what autocast does to parameters."""
+    if node.target is not aten._to_copy.default:
+        return False
+    source = bind(node)["self"].meta["val"]
+    return source.is_floating_point() and value.is_floating_point() and source.device == value.device
 
 
 def selects(node: torch.fx.Node) -> bool:

@@ -93,7 +93,7 @@ def test_multiples_of_the_batch_size_are_made_from_it() -> None:
 v0 = sym_size(leaves_0, 0)
 v1 = mul(v0, 2)
 v2 = mul(leaves_0, p_model_w)
-v3 = view(v2, [v1, 2])
+v3 = reshape(v2, [v1, 2])
 v4 = new_ones(v3, [v1, v0])
 return [v4]""",
     )

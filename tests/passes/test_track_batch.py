@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch._higher_order_ops as higher_order
+import torch.nn.functional as F
 import transformers
-from batching_oracle import Lines, assert_samples_apart, tracked
+from batching_oracle import Lines, assert_refuses_the_marked_lines, assert_samples_apart, tracked
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dpcompile.errors import BatchMixingError, NoRuleError
 from dpcompile.ir import Axis, Kind, Value
@@ -94,18 +97,49 @@ class Averaged(nn.Module):
         return x * 2
 
 
+class Cached(nn.Module):
+    """Keeps the first row of its last input."""
+
+    last: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last.copy_(x.detach().amax(0))
+        return x * 2
+
+
+class Warmed(nn.Module):
+    """Counts the samples that it has seen."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += x.shape[0]
+        return x * 2
+
+
 class Counted(nn.Module):
-    """Counts its calls in a buffer, which depends on no data."""
+    """Counts its calls in buffers, which depend on no data."""
 
     calls: Tensor
+    decay: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("decay", torch.ones(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls.add_(1)
-        return x * self.calls
+        self.calls += 1
+        self.decay.mul_(0.9)
+        return x * self.calls * self.decay.sum()
 
 
 def test_every_offender_is_in_one_message_with_module_line_and_cure() -> None:
@@ -124,18 +158,112 @@ def test_every_offender_is_in_one_message_with_module_line_and_cure() -> None:
 
 
 def test_what_only_has_no_rule_is_another_error() -> None:
-    class Eigenvalues(nn.Module):
+    class Reflected(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.linalg.eig(x).eigenvalues.abs()
+            return torch.linalg.householder_product(x, x[:, 0])
 
-    program, found = tracked(nn.Sequential(Eigenvalues()), torch.randn(B, D, D))
-    with pytest.raises(NoRuleError, match=r"`0` \(Eigenvalues\): linalg_eig has no batching rule"):
+    program, found = tracked(nn.Sequential(Reflected()), torch.randn(B, D, D))
+    with pytest.raises(NoRuleError, match=r"`0` \(Reflected\): linalg_householder_product has no batching rule"):
         check_supported(program, found)
 
 
-def test_running_statistics_of_the_batch_are_a_leak() -> None:
-    _, found = tracked(nn.Sequential(nn.Linear(D, D), Averaged()), torch.randn(B, D))
-    assert [(f.module, "buffer `1.mean`" in f.problem) for f in found.findings] == [("1", True)]
+@pytest.mark.parametrize(
+    ("writer", "problem", "cure"),
+    [
+        (Averaged, "writes data of the batch to the buffer `1.mean`", "Remove the buffer update"),
+        (Cached, "goes over the samples of the batch", "for each sample by itself"),
+        (Warmed, "depends on the number of samples in the batch", "Use a constant"),
+    ],
+)
+def test_what_a_buffer_keeps_of_the_batch_is_a_leak(writer: type[nn.Module], problem: str, cure: str) -> None:
+    _, found = tracked(nn.Sequential(nn.Linear(D, D), writer()), torch.randn(B, D))
+    assert [(f.module, f.module_type) for f in found.findings] == [("1", writer.__name__)]
+    assert problem in found.findings[0].problem
+    assert cure in found.findings[0].cure
+    assert "test_track_batch.py" in found.findings[0].line
+
+
+def test_a_buffer_that_keeps_the_rows_of_the_batch_is_a_leak() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("rows", torch.zeros(2, D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.rows[0] = x[0].detach()
+            return x * 2
+
+    _, found = tracked(nn.Sequential(Rows()), torch.randn(B, D))
+    assert ["picks one sample of the batch" in f.problem for f in found.findings] == [True]
+
+
+def chosen(self: Any, x: Tensor) -> Any:
+    return torch.cond(self.weight.sum() > 0, torch.sin, torch.cos, (x,))
+
+
+def mapped(self: Any, x: Tensor) -> Any:
+    return higher_order.map(torch.sin, x)
+
+
+@pytest.mark.parametrize(("fn", "op", "cure"), [(chosen, "cond", "torch.where"), (mapped, "map_impl", "torch.vmap")])
+def test_regions_of_their_own_are_refused_with_what_to_write_instead(fn: Any, op: str, cure: str) -> None:
+    program, found = tracked(Lines(fn), torch.randn(B, D))
+    with pytest.raises(NoRuleError, match=rf"{op} runs a part of the model by itself(.|\n)*{cure}"):
+        check_supported(program, found)
+
+
+def test_regions_that_torch_writes_out_are_followed() -> None:
+    def fn(self: Any, x: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = (x @ self.weight).relu()
+        with torch.no_grad():
+            fixed = (x @ self.weight).softmax(-1)
+        again = checkpoint(lambda y: (y @ self.weight).tanh(), x, use_reentrant=False)
+        return cast.float(), fixed * x, again, torch.func.vmap(torch.sin)(x)
+
+    assert_samples_apart(Lines(fn), torch.randn(B, D))
+
+
+def test_samples_that_meet_in_a_region_are_named_by_the_line_there() -> None:
+    def fn(self: Any, x: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = (x @ self.weight).softmax(0)  # refused: over the samples
+        return y, checkpoint(lambda z: z - z.amax(0), x, use_reentrant=False)  # refused: over the samples
+
+    assert_refuses_the_marked_lines(fn, torch.randn(B, D))
+
+
+def test_composed_ops_without_a_rule_are_written_out() -> None:
+    def fn(self: Any, x: Tensor) -> Any:
+        return (
+            torch.hstack([x, x]) + torch.dstack([x, x]).flatten(1),
+            torch.quantile(x, 0.3, dim=1) + torch.trapezoid(x, dim=1),
+            torch.addr(self.weight[:1], x[:, 0], self.weight[0]) + torch.renorm(x, 2, 0, 1.0),
+            torch.fft.hfft(x, dim=1) + torch.fft.ihfft(x, dim=1).abs().sum(1, True),
+            x.fliplr() + F.multi_margin_loss(x, x[:, 0].long() * 0, reduction="none")[:, None],
+        )
+
+    assert_samples_apart(Lines(fn), torch.randn(B, D))
+
+
+def test_a_composed_op_that_mixes_is_refused_under_its_own_line() -> None:
+    def fn(self: Any, x: Tensor) -> Any:
+        return (
+            torch.msort(x),  # refused: over the samples
+            x.flipud(),  # refused: order of the samples
+            torch.vstack([x, self.weight]),  # refused: appends rows
+        )
+
+    assert_refuses_the_marked_lines(fn, torch.randn(B, D))
+
+
+def test_an_op_that_cannot_be_written_out_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("needs numbers for its sizes")
+
+    monkeypatch.setattr("dpcompile.passes.capture.made_of", lambda op: fails)
+    with pytest.raises(NoRuleError, match=r"hstack has no batching rule\n      at passes/test_track_batch.py"):
+        tracked(Lines(lambda self, x: torch.hstack([x, x])), torch.randn(B, D))
 
 
 def test_a_buffer_that_depends_on_no_data_may_be_written() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from layers import Apply, check_module, folded_loss
 from torch import Tensor, nn
 
@@ -154,3 +156,45 @@ def test_attention_with_a_learned_query() -> None:
         return F.scaled_dot_product_attention(m.query.expand(x.shape[0], -1, -1, -1), x, x)
 
     check_module(Apply(run, query=(1, 2, 1, D)), torch.randn(3, 2, T, D))
+
+
+EVERY = ("ghost", "forced-explicit", "forced-kept")
+MEETINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mul": torch.mul,
+    "sub with a factor": lambda x, w: torch.sub(w, x, alpha=0.5),
+    "where": lambda x, w: torch.where(x > 0, x * w, w),
+    "where on the parameter": lambda x, w: torch.where(w > 0, w * x, w.exp() * x),
+    "minimum": lambda x, w: torch.minimum(x, w) * w,
+    "addcmul": lambda x, w: torch.addcmul(x, w, w, value=0.5),
+    "addcdiv": lambda x, w: torch.addcdiv(w, x, w.exp(), value=2.0),
+    "hypot": torch.hypot,
+    "logaddexp": torch.logaddexp,
+    "expand_as": lambda x, w: w.expand_as(x) * x,
+    "broadcast_tensors": lambda x, w: torch.broadcast_tensors(x, w)[1] * x.sin(),
+    "cat": lambda x, w: torch.cat([x, w.expand_as(x)], -1),
+    "stack": lambda x, w: torch.stack([w.expand_as(x), x], 1),
+}
+
+
+@settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(data=st.data(), way=st.sampled_from(sorted(MEETINGS)), fold=st.sampled_from(("", "inner", "outer", "first")))
+def test_any_shape_that_broadcasts(data: st.DataObject, way: str, fold: str) -> None:
+    """Fewer dimensions than the sample, any of them of size one; rows folded behind or before the batch."""
+    shape = data.draw(st.lists(st.integers(1, 3), min_size=1 if not fold else 2, max_size=3), label="shape")
+    inside = shape[1:] if fold else shape
+    kept = inside[data.draw(st.integers(0, len(inside)), label="kept") :]
+    own = tuple(data.draw(st.sampled_from((1, size)), label="size") for size in kept)
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        if fold == "inner":
+            return MEETINGS[way](x.flatten(0, 1), m.w).unflatten(0, (-1, shape[0]))
+        if fold == "outer":
+            rows = x.transpose(0, 1).reshape(-1, *inside)
+            return MEETINGS[way](rows, m.w).unflatten(0, (shape[0], -1)).transpose(0, 1)
+        if fold == "first":
+            return MEETINGS[way](x.transpose(0, 1), m.w).transpose(0, 1)
+        return MEETINGS[way](x, m.w)
+
+    if fold == "first" and way == "stack":
+        return
+    check_module(Apply(run, w=own), torch.randn(3, *shape), batch_sizes=(3, 0), methods=EVERY)

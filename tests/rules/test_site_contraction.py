@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from layers import FORCED, Apply, check_module, folded_loss, loss_at
 from torch import nn
@@ -119,3 +119,133 @@ def test_batch_folded_between_heads_and_positions() -> None:
         return nn.functional.linear(middle, m.w, m.b).view(H, -1, T, P).transpose(0, 1)
 
     check_module(Apply(run, w=(P, D), b=(P,)), torch.randn(3, H, T, D))
+
+
+EVERY = ("ghost", "forced-explicit", "forced-kept")
+few = settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
+
+
+@few
+@given(data=st.data())
+def test_einsum_of_any_two_operands(data: st.DataObject) -> None:
+    """Letters by what they are: b the batch, t a position, g a group, d contracted, p made by the parameter."""
+    there = {letter: data.draw(st.integers(0, 2), label=letter) for letter in "tgdp"}
+    names = {letter: [chr(ord(letter.upper()) + k) for k in range(count)] for letter, count in there.items()}
+    size = {name: data.draw(st.integers(1, 3)) for group in names.values() for name in group} | {"b": 3}
+    own, weight = ["b", *names["t"], *names["g"], *names["d"]], [*names["g"], *names["d"], *names["p"]]
+    made = ["b", *data.draw(st.permutations([*names["t"], *names["g"], *names["p"]]))]
+    at = data.draw(st.integers(0, len(own) - 1))
+    inside = own[1:]
+    x = [*inside[:at], "b", *inside[at:]]
+    weight = data.draw(st.permutations(weight))
+    left = data.draw(st.booleans())
+    text = f"{''.join(weight)},{''.join(x)}" if left else f"{''.join(x)},{''.join(weight)}"
+    equation = f"{text}->{''.join(made)}"
+
+    def run(m: nn.Module, value: torch.Tensor) -> torch.Tensor:
+        moved = value.movedim(0, at)
+        return torch.einsum(equation, *((m.w, moved) if left else (moved, m.w)))
+
+    module = Apply(run, w=tuple(size[name] for name in weight))
+    sample = torch.randn(3, *(size[name] for name in inside))
+    found = check_module(module, sample, batch_sizes=(3, 0), methods=EVERY)
+    assert set(found.rules.values()) == {"contraction" if weight else "fallback"}
+
+
+@few
+@given(
+    left=st.lists(st.integers(1, 2), max_size=2),
+    right=st.lists(st.integers(1, 2), max_size=2),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
+    flipped=st.booleans(),
+)
+def test_matmul_of_any_ranks(left: list[int], right: list[int], sizes: tuple[int, int, int], flipped: bool) -> None:
+    """Leading dimensions of size one are spread on either side."""
+    t, d, p = sizes
+    shared = min(len(left), len(right))
+    for i in range(1, shared + 1):  # equal, or one of them is one
+        if left[-i] != right[-i]:
+            left[-i], right[-i] = max(left[-i], right[-i]), 1
+    x, w = ((*left, p, d), (*right, d, t)) if flipped else ((*left, t, d), (*right, d, p))
+
+    def run(m: nn.Module, value: torch.Tensor) -> torch.Tensor:
+        spread = value.reshape(-1, *[1] * (len(right) - len(left)), *x)
+        return m.w.mT @ spread.mT if flipped else spread @ m.w
+
+    check_module(Apply(run, w=w), torch.randn(3, *x), batch_sizes=(3, 0), methods=EVERY)
+
+
+@few
+@given(
+    dims=st.permutations([0, 1, 2]),
+    contracted=st.integers(0, 2),
+    sizes=st.tuples(*[st.integers(1, 3)] * 4),
+    flipped=st.booleans(),
+)
+def test_tensordot_over_any_dimensions(dims: list[int], contracted: int, sizes: tuple[int, ...], flipped: bool) -> None:
+    *shape, p = sizes
+    over = dims[:contracted]
+
+    def run(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        mine, other = [1 + i for i in over], [1 + i for i in range(contracted)]
+        if flipped:
+            return torch.tensordot(m.w, x, dims=(other, mine)).movedim(1, 0)
+        return torch.tensordot(x, m.w, dims=(mine, other))
+
+    module = Apply(run, w=(p, *(shape[i] for i in over)))
+    found = check_module(module, torch.randn(3, *shape), batch_sizes=(3, 0), methods=EVERY)
+    assert set(found.rules.values()) == {"contraction"}
+
+
+@few
+@given(
+    rows=st.integers(1, 3),
+    width=st.integers(1, 3),
+    alpha=st.sampled_from((1, 0, -2, 0.5)),
+    beta=st.sampled_from((1, 0, 3, -0.5)),
+    added=st.sampled_from(((1, 1), (2, 1), (1, "p"), (2, "p"))),
+)
+def test_added_products_with_any_factors(rows: int, width: int, alpha: float, beta: float, added: tuple) -> None:
+    shape = (H, 1, width) if added[1] == "p" else (added[0], 1, 1)
+
+    def run(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(m.b, x.transpose(0, 1), m.w, alpha=alpha, beta=beta).transpose(0, 1)
+
+    check_module(Apply(run, w=(H, rows, width), b=shape), torch.randn(3, H, rows), batch_sizes=(3, 0), methods=EVERY)
+
+
+SPREAD = {
+    "an ellipsis on both sides": ("...td,...dp->...tp", (H, T, D), (H, D, P)),
+    "an ellipsis spread over the parameter's": ("...td,...dp->...tp", (H, T, D), (1, D, P)),
+    "an ellipsis spread over the sample's": ("...td,...dp->...tp", (1, T, D), (H, D, P)),
+    "an ellipsis and dimensions of the parameter's own": ("...d,edp->...ep", (T, D), (H, D, P)),
+    "a named dimension of size one in the sample": ("bhd,hdp->bhp", (1, D), (H, D, P)),
+    "a named dimension of size one in the parameter": ("bhd,hdp->bhp", (H, D), (1, D, P)),
+    "no arrow": ("bd,dp", (D,), (D, P)),
+    "no arrow, with an ellipsis": ("...d,dz", (T, D), (D, P)),
+    "a diagonal of the parameter": ("bd,dd->bd", (D,), (D, D)),
+    "a sum over a dimension of the parameter's own": ("bd,dp->bd", (D,), (D, P)),
+}
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_einsum_that_spreads(name: str) -> None:
+    equation, sample, weight = SPREAD[name]
+    check_module(Apply(lambda m, x: torch.einsum(equation, x, m.w), w=weight), torch.randn(3, *sample), methods=EVERY)
+
+
+def test_inner_of_many_dimensions() -> None:
+    module = Apply(lambda m, x: torch.inner(x, m.w), w=(2, P, D))
+    found = check_module(module, torch.randn(3, T, D), methods=EVERY)
+    assert set(found.rules.values()) == {"contraction"}
+
+
+def test_product_of_a_folded_batch_by_the_fallback() -> None:
+    """Rows of the batch that are folded with positions stay together in a sample's own gradient."""
+
+    def run(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        rows = x.transpose(0, 1).reshape(-1, D)  # [T * B, D]
+        return torch.einsum("bi,ijk,bk->bj", rows, m.w, rows.sin()).unflatten(0, (T, -1)).transpose(0, 1)
+
+    found = check_module(Apply(run, w=(D, P, D)), torch.randn(3, T, D))
+    assert set(found.rules.values()) == {"fallback"}

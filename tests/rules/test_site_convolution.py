@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from layers import FORCED, Apply, check_module, folded_loss
 from torch import nn
@@ -108,3 +108,75 @@ def test_a_kernel_made_from_the_parameter() -> None:
 
     found = check_module(Apply(run, w=(3, 2, 2)), torch.randn(3, 2, 5))
     assert found.spaces == {"w": "pullback"}
+
+
+EVERY = ("ghost", "forced-explicit", "forced-kept")
+few = settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@few
+@given(data=st.data(), n=st.integers(1, 3), groups=st.integers(1, 3), depth=st.integers(1, 2), out=st.integers(1, 2))
+def test_convolution_with_any_arguments(data: st.DataObject, n: int, groups: int, depth: int, out: int) -> None:
+    """Each argument by dimension, padding as numbers or by name, every mode, up to depthwise."""
+
+    def each(low: int, high: int, name: str) -> tuple[int, ...]:
+        return tuple(data.draw(st.integers(low, high), label=name) for _ in range(n))
+
+    kernel, dilation, sizes = each(1, 3, "kernel"), each(1, 2, "dilation"), each(3, 5 if n < 3 else 3, "size")
+    named = data.draw(st.sampled_from(("same", "valid", "")), label="padding")
+    padding = named or each(0, 2, "padding")
+    stride = 1 if named == "same" else each(1, 3, "stride")
+    mode = data.draw(st.sampled_from(("zeros", "reflect", "replicate", "circular")), label="mode")
+    around = [0 if named == "valid" else 2 * 2 for _ in sizes] if named else [2 * p for p in padding]
+    assume(all(size + pad > d * (k - 1) for size, pad, d, k in zip(sizes, around, dilation, kernel, strict=True)))
+    bias = data.draw(st.booleans(), label="bias")
+    module = CONV[n](
+        groups * depth, groups * out, kernel, stride, padding, dilation, groups, bias=bias, padding_mode=mode
+    )
+    if bias and data.draw(st.booleans(), label="bias alone"):
+        module.weight.requires_grad_(False)
+    found = check_module(module, torch.randn(3, groups * depth, *sizes), batch_sizes=(3, 0), methods=EVERY)
+    assert set(found.rules.values()) <= {"convolution", "broadcast"}
+
+
+@few
+@given(data=st.data(), n=st.integers(1, 3), groups=st.integers(1, 3), depth=st.integers(1, 2), out=st.integers(1, 2))
+def test_transposed_convolution_with_any_arguments(
+    data: st.DataObject, n: int, groups: int, depth: int, out: int
+) -> None:
+    def each(low: int, high: int, name: str) -> tuple[int, ...]:
+        return tuple(data.draw(st.integers(low, high), label=name) for _ in range(n))
+
+    kernel, stride, dilation = each(1, 3, "kernel"), each(1, 3, "stride"), each(1, 2, "dilation")
+    padding, sizes = each(0, 2, "padding"), each(1, 3, "size")
+    more = tuple(data.draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
+    results = zip(sizes, stride, padding, dilation, kernel, more, strict=True)
+    assume(all((size - 1) * s - 2 * p + d * (k - 1) + o + 1 > 0 for size, s, p, d, k, o in results))
+    module = TRANSPOSED[n](
+        groups * depth,
+        groups * out,
+        kernel,
+        stride,
+        padding,
+        more,
+        groups,
+        data.draw(st.booleans(), label="bias"),
+        dilation,
+    )
+    found = check_module(module, torch.randn(3, groups * depth, *sizes), batch_sizes=(3, 0), methods=EVERY)
+    assert set(found.rules.values()) == {"convolution"}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_functional_convolution_with_arguments_by_default(transposed: bool) -> None:
+    function = nn.functional.conv_transpose2d if transposed else nn.functional.conv2d
+    module = Apply(lambda m, x: function(x, m.w), w=(2, 3, 2, 1) if transposed else (3, 2, 2, 1))
+    check_module(module, torch.randn(3, 2, 3, 3), methods=EVERY)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_kernel_whose_image_and_bias_are_frozen(kind: type[nn.Module]) -> None:
+    module = kind(2, 3, 2)
+    module.bias.requires_grad_(False)
+    check_module(module, torch.randn(3, 2, 3, 3), methods=EVERY)

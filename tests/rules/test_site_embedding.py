@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from layers import FORCED, Apply, check_module
 from torch import nn
 
 from dpcompile import DPCompileError, dpcompile
+from dpcompile.errors import NoRuleError
 
 IDS = torch.tensor([[0, 1, 2], [2, 3, 4], [4, 4, 1]])
 
@@ -63,7 +66,60 @@ def test_max_norm_is_refused() -> None:
         dpcompile(nn.Embedding(5, 3, max_norm=1.0), IDS)
 
 
-@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
-def test_embedding_bag_is_refused_by_name(mode: str) -> None:
+def test_bags_that_do_not_follow_the_samples_are_refused_by_name() -> None:
+    def fn(m: Any, ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding_bag(ids.flatten(), m.table, torch.arange(0, ids.numel(), 2))
+
     with pytest.raises(DPCompileError, match="embedding_bag"):
-        dpcompile(nn.EmbeddingBag(5, 3, mode=mode), IDS)
+        dpcompile(Apply(fn, table=(5, 2)), IDS)
+
+
+EVERY = ("ghost", "forced-explicit", "forced-kept")
+
+
+@settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(
+    positions=st.integers(0, 3),
+    rows=st.integers(1, 4),
+    width=st.integers(1, 3),
+    padding=st.one_of(st.none(), st.integers(-1, 0)),
+    way=st.sampled_from(("module", "sparse", "functional", "brackets", "index_select", "negative", "one row", "tail")),
+)
+def test_look_up_with_any_arguments(positions: int, rows: int, width: int, padding: int | None, way: str) -> None:
+    """Rows that many positions read, rows that none reads, a table of one row; every spelling."""
+    ids = torch.arange(3 * max(positions, 1)).reshape(3, -1) % rows
+    ids = ids if positions else ids[:, 0]
+
+    def run(m: nn.Module, given: torch.Tensor) -> torch.Tensor:
+        if way == "brackets":
+            return m.table[given]
+        if way == "negative":
+            return m.table[given - rows]
+        if way == "index_select":
+            return m.table.index_select(0, given.flatten()).reshape(*given.shape, width)
+        if way == "one row":
+            return m.table[given.flatten()].reshape(*given.shape, width)
+        if way == "tail":
+            return m.table[:, 0][given].unsqueeze(-1)
+        return nn.functional.embedding(given, m.table, padding_idx=padding)
+
+    if way in ("module", "sparse"):
+        module: nn.Module = nn.Embedding(rows, width, padding_idx=padding, sparse=way == "sparse")
+    else:
+        module = Apply(run, table=(rows, width))
+    check_module(module, ids, batch_sizes=(3, 0), methods=EVERY)
+
+
+def test_rows_that_are_matrices() -> None:
+    check_module(Apply(lambda m, ids: m.table[ids], table=(5, 2, 3)), IDS, methods=EVERY)
+
+
+def test_table_looked_up_along_its_second_dimension_by_folded_ids_is_refused() -> None:
+    """torch fixes the batch size in the backward of this index_select."""
+    module = Apply(lambda m, ids: m.table.index_select(1, ids.flatten()).t().unflatten(0, (-1, 3)), table=(2, 5))
+    with pytest.raises(NoRuleError, match="fixes the batch size"):
+        dpcompile(module, IDS)
+
+
+def test_two_indices_at_once() -> None:
+    check_module(Apply(lambda m, ids: m.table[ids, ids.flip(1)], table=(5, 5)), IDS, methods=EVERY)

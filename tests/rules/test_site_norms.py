@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from layers import Apply, check_module, folded_loss, loss_at
 from torch import nn
@@ -113,3 +113,74 @@ def test_weight_shifted_by_one() -> None:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1.0 + m.w)
 
     check_module(Apply(run, w=(4,)), torch.randn(3, 2, 4))
+
+
+EVERY = ("ghost", "forced-explicit", "forced-kept")
+few = settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
+
+
+@few
+@given(
+    groups=st.integers(1, 3),
+    depth=st.integers(1, 3),
+    space=st.lists(st.integers(1, 3), max_size=3),
+    eps=st.sampled_from((1e-5, 0.5)),
+    frozen=st.sampled_from(("", "weight", "bias")),
+)
+def test_group_norm_with_any_arguments(groups: int, depth: int, space: list[int], eps: float, frozen: str) -> None:
+    module = nn.GroupNorm(groups, groups * depth, eps=eps)
+    if frozen:
+        module.get_parameter(frozen).requires_grad_(False)
+    sample = torch.randn(3, groups * depth, *space)
+    if depth * sample[0, 0].numel() == 1:
+        sample = sample.unsqueeze(-1).expand(*sample.shape, 2).contiguous()
+    check_module(module, sample, batch_sizes=(3, 0), methods=EVERY)
+
+
+@few
+@given(
+    lead=st.lists(st.integers(1, 2), max_size=2),
+    shape=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    eps=st.sampled_from((1e-5, 0.5, None)),
+    affine=st.sampled_from(("both", "weight", "bias frozen", "weight frozen", "rms")),
+)
+def test_layer_and_rms_norm_with_any_arguments(
+    lead: list[int], shape: list[int], eps: float | None, affine: str
+) -> None:
+    if affine == "rms":
+        module: nn.Module = nn.RMSNorm(shape, eps=eps)
+    else:
+        module = nn.LayerNorm(shape, eps=eps or 1e-3, bias=affine != "weight")
+    if "frozen" in affine:
+        module.get_parameter(affine.removesuffix(" frozen")).requires_grad_(False)
+    check_module(module, torch.randn(3, *lead, *shape), batch_sizes=(3, 0), methods=EVERY)
+
+
+@few
+@given(
+    channels=st.integers(1, 3),
+    space=st.lists(st.integers(2, 3), min_size=1, max_size=3),
+    eps=st.sampled_from((1e-5, 0.5)),
+    frozen=st.sampled_from(("", "weight", "bias")),
+)
+def test_instance_norm_with_any_arguments(channels: int, space: list[int], eps: float, frozen: str) -> None:
+    kinds = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+    module = kinds[len(space) - 1](channels, eps=eps, affine=True)
+    if frozen:
+        module.get_parameter(frozen).requires_grad_(False)
+    check_module(module, torch.randn(3, channels, *space), batch_sizes=(3, 0), methods=EVERY)
+
+
+@pytest.mark.parametrize("affine", ["weight", "bias", "both"])
+def test_functional_batch_norm_by_statistics(affine: str) -> None:
+    """Given statistics, with either affine value or both."""
+    names = {"weight": "w", "bias": "b", "both": "wb"}[affine]
+
+    def run(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = (getattr(m, name) if name in names else None for name in "wb")
+        return nn.functional.batch_norm(x, m.mean, m.var, weight, bias, False, eps=0.1)
+
+    module = Apply(run, **dict.fromkeys(names, (3,)))
+    module.register_buffer("mean", torch.tensor([0.1, -0.2, 0.3]))
+    module.register_buffer("var", torch.tensor([0.5, 1.5, 1.0]))
+    check_module(module, torch.randn(3, 3, 2), methods=EVERY)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dpcompile.rules import places
 from dpcompile.rules.batching import (
     attention,
     constructors,
@@ -62,18 +63,19 @@ VIEWS = {
     **_aten(views.unbind, "unbind unbind_copy"),
     **_aten(views.unfold, "unfold unfold_copy"),
     **_aten(views.diagonal, "diagonal diagonal_copy"),
+    **_aten(views.diag_embed, "diag_embed"),
     **_aten(views.as_strided, "as_strided as_strided_copy"),
     **_aten(views.as_real, "view_as_real view_as_complex"),
 }
 POINTWISE = {
     **_aten(pointwise.pointwise, "where masked_fill lerp addcmul addcdiv clamp clamp_min clamp_max"),
     **_aten(pointwise.among, "isin bucketize"),
-    **_aten(pointwise.pointwise, "rsub bernoulli binomial poisson normal_functional exponential rrelu"),
+    **_aten(pointwise.pointwise, "rsub bernoulli poisson normal_functional exponential rrelu"),
     **_aten(pointwise.pointwise, "uniform normal cauchy geometric log_normal random gelu"),
     **_aten(pointwise.several, "native_dropout log_sigmoid_forward frexp rrelu_with_noise_functional"),
     **_aten(pointwise.pointwise, "dropout alpha_dropout isclose float_power"),
     **_aten(pointwise.pointwise, "__and__ __or__ __xor__ __lshift__ __rshift__ floor_divide hardswish"),
-    **_aten(pointwise.pointwise, "real imag conj complex polar _prelu_kernel"),
+    **_aten(pointwise.pointwise, "real imag conj _conj complex polar _prelu_kernel"),
     **_aten(pointwise.pointwise, "log_sigmoid absolute divide multiply subtract true_divide negative fix isreal"),
     **_aten(pointwise.pointwise, "greater greater_equal less less_equal not_equal arcsin arccos arctan arctan2"),
     **_aten(pointwise.pointwise, "arcsinh arccosh arctanh special_digamma special_erf special_erfc special_erfinv"),
@@ -99,10 +101,12 @@ REDUCTIONS = {
     **_aten(reductions.along, "fft_ifftn fft_rfftn fft_irfftn _fft_r2c _fft_c2c _fft_c2r fft_fftshift fft_ifftshift"),
     **_aten(reductions.flip, "flip rot90"),
     **_aten(reductions.roll, "roll"),
-    **_aten(reductions.aligned_along, "take_along_dim linalg_cross cross"),
+    **_aten(reductions.aligned_along, "linalg_cross cross"),
     **_aten(reductions.last_two, "tril triu linalg_inv linalg_inv_ex inverse linalg_cholesky linalg_cholesky_ex"),
     **_aten(reductions.last_two, "linalg_qr linalg_svd linalg_svdvals linalg_eigh linalg_eigvalsh linalg_matrix_power"),
     **_aten(reductions.last_two, "linalg_det det linalg_slogdet slogdet logdet matrix_exp linalg_pinv"),
+    **_aten(reductions.last_two, "linalg_eig linalg_eigvals linalg_matrix_exp linalg_lu linalg_lu_factor"),
+    **_aten(reductions.last_two, "linalg_lu_factor_ex linalg_ldl_factor linalg_ldl_factor_ex cholesky_inverse"),
 }
 CONTRACTIONS = {
     **_aten(contractions.mm, "mm"),
@@ -120,6 +124,7 @@ CONTRACTIONS = {
     **_aten(contractions.einsum, "einsum"),
     **_aten(contractions.tensordot, "tensordot"),
     **_aten(contractions.bilinear, "bilinear"),
+    **_aten(contractions.solve, "linalg_solve linalg_solve_triangular cholesky_solve linalg_lu_solve"),
     **_aten(contractions.cdist, "cdist _cdist_forward"),
     **_aten(contractions.similarity, "cosine_similarity pairwise_distance linalg_vecdot"),
 }
@@ -144,17 +149,20 @@ LOCAL = {
     **_aten(partial(local.leading, worked_on=3), "upsample_trilinear3d _upsample_nearest_exact3d pixel_shuffle"),
     **_aten(partial(local.leading, worked_on=3), "pixel_unshuffle"),
     **_aten(local.first, "grid_sampler grid_sampler_2d grid_sampler_3d affine_grid_generator"),
+    **_aten(partial(local.leading, worked_on=2), "istft"),
+    **_aten(local.first, "fractional_max_pool2d"),
+    **_aten(local.unpool, "max_unpool2d max_unpool3d"),
     **_aten(local.windows, "im2col col2im"),
     **_aten(local.pad, "pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d"),
     **_aten(local.pad, "replication_pad1d replication_pad2d replication_pad3d"),
-    **_aten(local.channels, "channel_shuffle native_channel_shuffle prelu"),
+    **_aten(local.channels, "channel_shuffle prelu"),
     **_aten(local.embedding, "embedding"),
 }
 NORMS = {
     **_aten(norms.layer_norm, "layer_norm native_layer_norm rms_norm _fused_rms_norm"),
     **_aten(norms.group_norm, "group_norm native_group_norm"),
     **_aten(norms.instance_norm, "instance_norm"),
-    **_aten(norms.batch_norm, "batch_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm"),
+    **_aten(norms.batch_norm, "batch_norm native_batch_norm _native_batch_norm_legit"),
     **_aten(norms.batch_norm, "_native_batch_norm_legit_functional _native_batch_norm_legit_no_training"),
     **_aten(norms.batch_norm, "_batch_norm_with_update _batch_norm_with_update_functional _batch_norm_no_update"),
 }
@@ -162,14 +170,18 @@ INDEXING = {
     **_aten(indexing.gather, "gather"),
     **_aten(indexing.scatter, "scatter scatter_add scatter_reduce"),
     **_aten(indexing.index_select, "index_select"),
-    **_aten(indexing.index_write, "index_add index_copy index_fill"),
+    **_aten(indexing.index_write, "index_add index_copy index_fill index_reduce"),
     **_aten(indexing.index, "index _unsafe_index"),
     **_aten(indexing.index_put, "index_put _unsafe_index_put"),
     **_aten(indexing.one_hot, "one_hot"),
     **_aten(indexing.slice_scatter, "slice_scatter"),
     **_aten(indexing.select_scatter, "select_scatter"),
-    **_aten(indexing.compacts, "nonzero masked_select masked_scatter unique_dim _unique2 bincount histc"),
+    **_aten(indexing.take, "take"),
+    **_aten(indexing.diagonal_scatter, "diagonal_scatter"),
+    **_aten(indexing.compacts, "nonzero masked_select masked_scatter unique_dim _unique2"),
+    **_aten(indexing.counts, "bincount histc"),
     **_aten(indexing.embedding_bag, "embedding_bag _embedding_bag"),
+    places.OP: indexing.marked_places,
 }
 LOSSES = {
     **_aten(losses.elementwise, "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy kl_div"),
@@ -185,7 +197,7 @@ CONSTRUCTORS = {
     **_aten(constructors.sized, "empty_like rand_like randn_like randint_like zero"),
     **_aten(constructors.filled, "fill"),
     **_aten(constructors.arange, "arange"),
-    **_aten(constructors.permutation, "randperm eye linspace logspace range"),
+    **_aten(constructors.permutation, "randperm eye"),
 }
 
 TABLE: dict[Any, Rule] = {

@@ -10,7 +10,7 @@ from dpcompile.rules.batching.contractions import contract, leads, ndim_of
 
 
 def attention(call: Call) -> Value:
-    """Queries l, keys s, leading dimensions that broadcast."""
+    """The batch in leading dimensions of queries, keys, values and mask alike; not among heads that share keys."""
     query, key, value, mask = (call.args[name] for name in ("query", "key", "value", "attn_mask"))
     n = max(ndim_of(t) for t in (query, key, value))
 
@@ -31,7 +31,7 @@ def attention(call: Call) -> Value:
 
 
 def fused(call: Call) -> tuple[Value, ...]:
-    """The kernels behind it (flash, efficient, cuDNN): four dimensions, the batch in the first one."""
+    """Four dimensions, the batch in the first one of every operand that has it."""
     found: Axis | None = None
     for tensor in call.tensors():
         axis = call.known(tensor).axis

@@ -12,7 +12,7 @@ NO_POSITION = "Use no running number of the samples."
 
 
 def sized(call: Call) -> Value:
-    """zeros, full, rand, empty and their new_ and _like forms: the same, or independent, for every element."""
+    """Sizes may hold B, in one dimension; no other number may. Every element is the same, or drawn by itself."""
     call.require_no_batch_size("fill_value", "value", "mean", "std", "low", "high", "s")
     shape = call.out_shape
     dims = call.batch.dims(shape)
@@ -30,7 +30,7 @@ def sized(call: Call) -> Value:
 
 
 def arange(call: Call) -> Value:
-    """arange(B) numbers the samples. Numbers that do not reach B are constant."""
+    """Numbers that do not reach B, or arange(B), which numbers the samples."""
     if not call.batch.dims(call.out_shape):
         call.require_no_batch_size()
         return CONSTANT
@@ -41,7 +41,7 @@ def arange(call: Call) -> Value:
 
 
 def permutation(call: Call) -> Value:
-    """randperm, eye, linspace and others whose elements differ by position."""
+    """A size without B: elements differ by position."""
     if not call.batch.dims(call.out_shape):
         call.require_no_batch_size()
         return CONSTANT
@@ -49,7 +49,7 @@ def permutation(call: Call) -> Value:
 
 
 def filled(call: Call) -> Value:
-    """fill(x, value): the shape of x, and one value for all."""
+    """One value, the same for all samples."""
     if call.value("value").kind not in (Kind.CONSTANT, Kind.PARAMETER):
         raise Mixes("writes one sample's value into all samples")
     return sized(call)

@@ -11,6 +11,11 @@ from dpcompile.rules.batching.base import CONSTANT, Call, Mixes, batched, shape_
 
 LEADING = "0123456789"  # stand for leading dimensions that broadcast, aligned from the right; no letter of an einsum
 
+PAIRS = (
+    "Compare within each sample: with its own views, or with negatives that are the same for all. A loss over pairs of "
+    "samples has no per-sample gradient."
+)
+
 OTHER = str.maketrans("0123456789", "ABCDEFGHIJ")
 
 
@@ -29,7 +34,7 @@ def contract(call: Call, operands: Sequence[tuple[fx.Node | None, str]], out: st
         if found is None:
             found = (letter, axis)
         elif found[0] != letter:
-            raise Mixes("multiplies every sample with every other sample")
+            raise Mixes("multiplies every sample with every other sample", PAIRS)
         elif (found[1].outer, found[1].inner) != (axis.outer, axis.inner):
             raise Mixes("multiplies samples in different orders (the batch is folded differently)")
     if found is None:
@@ -45,10 +50,12 @@ def ndim_of(node: fx.Node) -> int:
 
 
 def mm(call: Call) -> Value:
+    """[n, k] [k, m]: the batch is n or m; in k it would be summed, in both it would pair samples."""
     return contract(call, [(call.args["self"], "nk"), (call.args["mat2"], "km")], "nm")
 
 
 def bmm(call: Call) -> Value:
+    """[b, n, k] [b, k, m]: the batch is b of both, or n or m."""
     return contract(call, [(call.args["self"], "bnk"), (call.args["mat2"], "bkm")], "bnm")
 
 
@@ -59,40 +66,47 @@ def _added(call: Call, name: str, letters: str) -> tuple[fx.Node, str]:
 
 
 def addmm(call: Call) -> Value:
-    """The added operand broadcasts to the result."""
+    """As mm, and the added operand has the batch in the same place or none."""
     return contract(call, [_added(call, "self", "nm"), (call.args["mat1"], "nk"), (call.args["mat2"], "km")], "nm")
 
 
 def baddbmm(call: Call) -> Value:
+    """As bmm, and the added operand has the batch in the same place or none."""
     return contract(
         call, [_added(call, "self", "bnm"), (call.args["batch1"], "bnk"), (call.args["batch2"], "bkm")], "bnm"
     )
 
 
 def addbmm(call: Call) -> Value:
+    """As bmm, but b is summed: the batch is n or m."""
     return contract(
         call, [_added(call, "self", "nm"), (call.args["batch1"], "bnk"), (call.args["batch2"], "bkm")], "nm"
     )
 
 
 def mv(call: Call) -> Value:
+    """[n, k] [k]: the batch is n."""
     return contract(call, [(call.args["self"], "nk"), (call.args["vec"], "k")], "n")
 
 
 def addmv(call: Call) -> Value:
+    """As mv, and the added operand has the batch in the same place or none."""
     return contract(call, [_added(call, "self", "n"), (call.args["mat"], "nk"), (call.args["vec"], "k")], "n")
 
 
 def dot(call: Call) -> Value:
+    """Nothing helps: two vectors over the samples are summed."""
     other = call.args["tensor"] if "tensor" in call.args else call.args["other"]
     return contract(call, [(call.args["self"], "k"), (other, "k")], "")
 
 
 def outer(call: Call) -> Value:
+    """The batch is in one of the two vectors."""
     return contract(call, [(call.args["self"], "n"), (call.args["vec2"], "m")], "nm")
 
 
 def linear(call: Call) -> Value:
+    """The batch is in the input, before its last dimension; weight and bias are the same for all samples."""
     lead = leads(ndim_of(call.args["input"]) - 1)
     weight = "mk" if ndim_of(call.args["weight"]) == 2 else "k"
     out = lead + ("m" if weight == "mk" else "")
@@ -101,6 +115,7 @@ def linear(call: Call) -> Value:
 
 
 def matmul(call: Call) -> Value:
+    """As mm and bmm, with leading dimensions that broadcast: there the batch may be in both."""
     first, second = call.args["self"], call.args["other"]
     n, m = ndim_of(first), ndim_of(second)
     left = "k" if n == 1 else leads(n - 2) + "nk"
@@ -110,7 +125,7 @@ def matmul(call: Call) -> Value:
 
 
 def einsum(call: Call) -> Value:
-    """The equation as the user wrote it; an ellipsis stands for leading dimensions aligned from the right."""
+    """One letter, not summed, stands for the batch in every operand that has it."""
     tensors = call.args["tensors"]
     equation = call.args["equation"].replace(" ", "")
     inputs, _, out = equation.partition("->")
@@ -128,6 +143,7 @@ def einsum(call: Call) -> Value:
 
 
 def tensordot(call: Call) -> Value:
+    """The batch is in one of the two, and is not summed."""
     first, second = call.args["self"], call.args["other"]
     n, m = ndim_of(first), ndim_of(second)
     left = [f"{chr(0x100 + i)}" for i in range(n)]
@@ -139,25 +155,43 @@ def tensordot(call: Call) -> Value:
 
 
 def bilinear(call: Call) -> Value:
+    """The batch is in leading dimensions of the inputs; weight and bias are the same for all samples."""
     lead = leads(ndim_of(call.args["input1"]) - 1)
     terms = [(call.args["input1"], lead + "i"), (call.args["input2"], lead + "j"), (call.args["weight"], "oij")]
     return contract(call, [*terms, (call.args.get("bias"), "o")], lead + "o")
 
 
+MATRICES = {"linalg_solve": ("A", "B"), "linalg_solve_triangular": ("self", "B"), "cholesky_solve": ("input2", "self")}
+
+
+def solve(call: Call) -> Value:
+    """Systems A X = B (X A = B with left=False): the batch in leading dimensions, or in X's own columns."""
+    matrix, given = (call.args[name] for name in MATRICES.get(call.op.overloadpacket.__name__, ("LU", "B")))
+    n, m = ndim_of(matrix), ndim_of(given)
+    vector = m == 1 or len(call.out_shape) < max(n, m)
+    last, out = ("z", "_") if vector else ("zk", "_k") if call.args.get("left", True) else ("kz", "k_")
+    terms = [(matrix, leads(n - 2) + "xy"), (given, leads(m - len(last)) + last)]
+    if call.args.get("pivots") is not None:
+        terms.append((call.args["pivots"], leads(n - 2) + "y"))
+    return contract(call, terms, leads(len(call.out_shape) - len(out)) + out)
+
+
 def cdist(call: Call) -> Value:
+    """Rows of one tensor against rows of another: the batch in leading dimensions, or the rows of one of them."""
     first, second = call.args["x1"], call.args["x2"]
     n, m = ndim_of(first), ndim_of(second)
     return contract(call, [(first, leads(n - 2) + "nk"), (second, leads(m - 2) + "mk")], leads(max(n, m) - 2) + "nm")
 
 
 def inner(call: Call) -> Value:
+    """The last dimensions are summed: the batch is another one, of one of the two."""
     first, second = call.args["self"], call.args["other"]
     left, right = leads(ndim_of(first) - 1), leads(ndim_of(second) - 1).translate(OTHER)
     return contract(call, [(first, left + "k"), (second, right + "k")], left + right)
 
 
 def similarity(call: Call) -> Value:
-    """cosine_similarity, vecdot and pairwise_distance: two tensors that broadcast, and one dimension that goes."""
+    """Two tensors that broadcast, the batch of both in the same dimension, other than the one compared along."""
     names = ("x", "y") if "x" in call.args else ("x1", "x2")
     first, second = (call.args[name] for name in names)
     n = max(ndim_of(first), ndim_of(second))

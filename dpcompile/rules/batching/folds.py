@@ -10,7 +10,7 @@ from dpcompile.rules.batching.views import PICK
 
 
 def reshape(call: Call) -> Value:
-    """view, reshape, flatten, unflatten: the batch is found again by its stride among the flattened elements."""
+    """The batch stays in one dimension, folded with others or not; its stride among the elements tells where."""
     value = call.value("self")
     if value.axis is None:
         return value
@@ -50,7 +50,7 @@ def _product(sizes: tuple[Size, ...]) -> int | None:
 
 
 def expand(call: Call) -> Value:
-    """Expanding what is the same for every sample to B gives every sample its own copy."""
+    """The batch in one dimension; what is the same for every sample and is expanded to B becomes a copy for each."""
     value = call.value("self")
     shape = call.out_shape
     dims = call.batch.dims(shape)
@@ -67,6 +67,7 @@ def copies(call: Call, dims: list[int], shape: tuple[Size, ...]) -> Value:
 
 
 def broadcast_tensors(call: Call) -> tuple[Value, ...]:
+    """As expand, for each of the tensors."""
     found = []
     for arg, val in zip(call.args["tensors"], call.node.meta["val"], strict=True):
         value, shape = call.known(arg), shape_of(val)
@@ -79,6 +80,7 @@ def broadcast_tensors(call: Call) -> tuple[Value, ...]:
 
 
 def cat(call: Call) -> Value:
+    """Along another dimension: the batch of all in one place. Along the batch: all have it, folded alike inside."""
     tensors = call.args["tensors"]
     shape = call.out_shape
     dim = call.dim("dim", len(shape))
@@ -97,7 +99,7 @@ def cat(call: Call) -> Value:
 
 
 def repeat(call: Call) -> Value:
-    """repeat, tile: index = repetition * size + old index, so repeating the batch dimension adds to the outer fold."""
+    """A constant number of times; what is the same for every sample may be repeated B times."""
     value, before, shape = call.value("self"), call.shape("self"), call.out_shape
     dims = call.batch.dims(shape)
     if value.axis is None:
@@ -110,6 +112,7 @@ def repeat(call: Call) -> Value:
 
 
 def repeat_interleave(call: Call) -> Value:
+    """A constant number of times along one dimension; what is the same for every sample may be repeated B times."""
     if "self" not in call.args:  # the form that only makes an index
         raise Mixes("makes a number of elements that depends on the data of all samples")
     value, before = call.value("self"), call.shape("self")
@@ -129,6 +132,7 @@ def repeat_interleave(call: Call) -> Value:
 
 
 def slice_(call: Call) -> Value:
+    """Along the batch only whole blocks of all samples (of a fold), at places that do not depend on B elsewhere."""
     value = call.value("self")
     axis, before = value.axis, call.shape("self")
     dim = call.dim("dim", len(before)) if before else 0
@@ -162,7 +166,7 @@ def block(call: Call, axis: Axis, start: Size, length: Size, step: int = 1) -> A
 
 
 def split(call: Call) -> tuple[Value, ...]:
-    """split, split_with_sizes, chunk, tensor_split."""
+    """Along the batch only into whole blocks of all samples (of a fold)."""
     value = call.value("self")
     axis, pieces = value.axis, call.node.meta["val"]
     dim = call.dim("dim", len(call.shape("self")))

@@ -14,6 +14,7 @@ from dpcompile.rules.batching.pointwise import align
 OWN_ROW = "Index along other dimensions, or let each sample select its own row: x[torch.arange(len(x)), index]."
 DATA_SIZED = "selects a number of elements that depends on the data of all samples"
 KEEP_SHAPE = "Keep the shape: use masked_fill, torch.where, or multiply by the mask."
+COUNT_WITHIN = "Count within each sample, and leave out a loss that balances the load of experts over the batch."
 OTHERS = "lets a sample read or write other samples' rows"
 
 
@@ -35,10 +36,11 @@ def _same_place(call: Call, *names: str) -> Axis | None:
 
 
 def gather(call: Call) -> Value:
+    """Along a dimension other than the batch, index and tensor alike; or along it by the sample's own number."""
     own, index = call.axis("self"), call.value("index")
     dim = call.dim("dim", len(call.shape("self")))
-    if own is None:
-        if index.kind is Kind.ROWS or index.axis is None:
+    if own is None:  # each place of the index reads the same place of the table, but along `dim`
+        if index.kind is Kind.ROWS or index.axis is None or index.axis.dim != dim:
             raise Mixes("depends on the position of a sample in the batch")
         return batched(index.axis)
     if index.axis != own:
@@ -51,7 +53,7 @@ def gather(call: Call) -> Value:
 
 
 def scatter(call: Call) -> Value:
-    """scatter, scatter_add, scatter_reduce: target, index and source agree on the batch and do not scatter over it."""
+    """Target, index and source have the batch in the same place, and it is not the one scattered along."""
     names = ("self", "index", "src")
     axis = _same_place(call, *names)
     tensors = [name for name in names if isinstance(call.args.get(name), fx.Node)]
@@ -63,6 +65,7 @@ def scatter(call: Call) -> Value:
 
 
 def index_select(call: Call) -> Value:
+    """A constant index along another dimension; or each sample its own row; or a table for all samples."""
     own, index = call.axis("self"), call.value("index")
     dim = call.dim("dim", len(call.shape("self")))
     if own is None:
@@ -79,7 +82,7 @@ def index_select(call: Call) -> Value:
 
 
 def index_write(call: Call) -> Value:
-    """index_add, index_copy, index_fill: a constant index along a dimension other than the batch."""
+    """A constant index along a dimension other than the batch; the source has it in the same place or none."""
     source = "source" if "source" in call.args else "value"
     own = call.axis("self")
     given = call.axis(source)
@@ -91,7 +94,7 @@ def index_write(call: Call) -> Value:
 
 
 def index(call: Call) -> Value:
-    """x[i, :, j]: `indices` holds a tensor or None for each dimension of x."""
+    """x[i, :, j]: constant indices of other dimensions, each sample its own row, or a table for all samples."""
     axis, dim, _ = _selected(call)
     if axis is None:
         return CONSTANT
@@ -128,7 +131,7 @@ def _selected(call: Call) -> tuple[Axis | None, int, int]:
 
 
 def index_put(call: Call) -> Value:
-    """x[indices] = values, or +=: the places of one sample only, and values of that sample."""
+    """x[i] = v, or +=: places of one sample only, by its own number, and values of that sample."""
     own = call.axis("self")
     indices: Sequence[fx.Node | None] = call.args["indices"]
     mask = indices[0]
@@ -158,16 +161,29 @@ def _masked_put(call: Call, own: Axis | None, mask: fx.Node) -> Value:
 
 
 def one_hot(call: Call) -> Value:
-    """The classes come as a new last dimension."""
+    """Nothing: the classes come as a new last dimension."""
     return call.value("self")
 
 
+def counts(call: Call) -> Value:
+    """bincount, histc: how often each number occurs among all samples, as the load-balance loss of experts asks."""
+    raise Mixes("counts over the data of all samples", COUNT_WITHIN)
+
+
 def compacts(call: Call) -> Value:
-    """nonzero, masked_select, unique, bincount and so on."""
+    """Nothing helps: how many elements there are depends on the data of all samples."""
     raise Mixes(DATA_SIZED, KEEP_SHAPE)
 
 
+def marked_places(call: Call) -> Value:
+    """The batch in dimension 0: each row of the mask by itself."""
+    if call.batch_of("mask") != Axis(0):
+        raise Mixes(OTHERS, OWN_ROW)
+    return batched(Axis(0))
+
+
 def slice_scatter(call: Call) -> Value:
+    """Along another dimension, target and source with the batch in the same place."""
     own, source = call.axis("self"), call.axis("src")
     if own is None or own != source:
         raise Mixes("combines samples in different places", OWN_ROW)
@@ -178,6 +194,7 @@ def slice_scatter(call: Call) -> Value:
 
 
 def select_scatter(call: Call) -> Value:
+    """Along another dimension, target and source with the batch in the same place."""
     own, source = call.axis("self"), call.axis("src")
     dim = call.dim("dim", len(call.out_shape))
     if own is None or source is None or dim == own.dim:
@@ -188,8 +205,30 @@ def select_scatter(call: Call) -> Value:
     return batched(own)
 
 
+def diagonal_scatter(call: Call) -> Value:
+    """Target and source have the batch in the same place, and it is none of the two diagonal dimensions."""
+    own, source = call.axis("self"), call.axis("src")
+    ndim = len(call.out_shape)
+    dims = (call.dim("dim1", ndim), call.dim("dim2", ndim))
+    if own is None or own.dim in dims:
+        raise Mixes(OTHERS, OWN_ROW)
+    if source != Axis(own.dim - sum(d < own.dim for d in dims), own.outer, own.inner):
+        raise Mixes("combines samples in different places", OWN_ROW)
+    return batched(own)
+
+
+def take(call: Call) -> Value:
+    """One flat table for all samples, and an index of each sample."""
+    index = call.value("index")
+    if call.axis("self") is not None:
+        raise Mixes(OTHERS, OWN_ROW)
+    if index.kind is Kind.ROWS or index.axis is None:
+        raise Mixes("depends on the position of a sample in the batch")
+    return batched(index.axis)
+
+
 def embedding_bag(call: Call) -> tuple[Value, ...]:
-    """F.embedding_bag of indices [B, n]: flattened, with offsets 0, n, 2n and so on. Ragged bags have no rule."""
+    """Bags of equal size, one after another (two-dimensional indices), and a table for all samples."""
     call.require_unbatched("weight")
     axis, offsets = call.axis("indices"), call.args["offsets"]
     if call.args.get("scale_grad_by_freq"):

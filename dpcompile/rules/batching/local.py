@@ -9,7 +9,7 @@ INTO_DIM_0 = "Bring the batch to dimension 0."
 
 
 def conv(call: Call) -> Value:
-    """conv1d/2d/3d, conv_transpose and the general convolution: the batch, folded or not, in dimension 0."""
+    """The batch in dimension 0, folded or not; weight and bias are the same for all samples."""
     call.require_unbatched("weight", "bias")
     axis = call.batch_of("input")
     if len(call.shape("input")) < len(call.shape("weight")) or axis.dim != 0:
@@ -18,7 +18,7 @@ def conv(call: Call) -> Value:
 
 
 def leading(call: Call, worked_on: int) -> Result:
-    """Pooling, upsampling, pixel shuffles: the last `worked_on` dimensions; each slice before them is by itself."""
+    """Not among the last {worked_on} dimensions, which are worked on; each slice before them is by itself."""
     name = next(iter(call.args))
     value = call.value(name)
     if call.batch_of(name).dim >= len(call.shape(name)) - worked_on:
@@ -26,8 +26,18 @@ def leading(call: Call, worked_on: int) -> Result:
     return call.everywhere(value)
 
 
+def unpool(call: Call) -> Value:
+    """The batch before the dimensions that are filled, of values and their places alike."""
+    axis = call.batch_of("self")
+    if call.axis("indices") != axis:
+        raise Mixes("puts samples to the places of other samples")
+    if axis.dim >= len(call.shape("self")) - len(call.args["output_size"]):
+        raise Mixes("takes the batch for a channel or a position", INTO_DIM_0)
+    return batched(axis)
+
+
 def first(call: Call) -> Result:
-    """grid_sample, im2col, col2im, affine_grid: dimension 0 of a full-rank input."""
+    """The batch in dimension 0 of every operand that has it."""
     found: Axis | None = None
     for tensor in call.tensors():
         axis = call.known(tensor).axis
@@ -41,7 +51,7 @@ def first(call: Call) -> Result:
 
 
 def windows(call: Call) -> Result:
-    """im2col, col2im: without a batch dimension of their own, dimension 0 is the channels."""
+    """The batch in dimension 0 of an input with channels behind it."""
     full = 4 if call.op.overloadpacket.__name__ == "im2col" else 3
     if len(call.shape("self")) < full:
         raise Mixes("takes the batch for a channel or a position", INTO_DIM_0)
@@ -49,8 +59,9 @@ def windows(call: Call) -> Result:
 
 
 def searchsorted(call: Call) -> Value:
-    """Boundaries for all, or one row of boundaries for each row of values."""
-    if call.axis("sorted_sequence") is None and len(call.shape("sorted_sequence")) == 1:
+    """Boundaries for all, or one row of boundaries for each row of values, with the batch before the last dimension."""
+    if len(call.shape("sorted_sequence")) == 1:
+        call.require_unbatched("sorted_sequence", "sorter")
         return batched(call.batch_of("self"))
     if call.axis("sorted_sequence") != call.batch_of("self") or call.batch_of("self").dim == len(call.out_shape) - 1:
         raise Mixes("searches among the values of other samples")
@@ -58,7 +69,7 @@ def searchsorted(call: Call) -> Value:
 
 
 def pad(call: Call) -> Value:
-    """pad, constant_pad_nd, reflection_pad and so on: pairs of widths from the last dimension backwards."""
+    """No padding along the batch."""
     value = call.value("self")
     widths = call.args["pad"] if "pad" in call.args else call.args["padding"]
     from_right = len(call.shape("self")) - 1 - call.batch_of("self").dim
@@ -69,7 +80,7 @@ def pad(call: Call) -> Value:
 
 
 def channels(call: Call) -> Value:
-    """channel_shuffle, prelu: dimension 1 is worked on or has its own weight."""
+    """The batch is not dimension 1; a weight is the same for all samples."""
     call.require_unbatched("weight")
     value = call.value("self")
     if call.batch_of("self").dim == 1 and len(call.shape("self")) > 1:
@@ -78,7 +89,7 @@ def channels(call: Call) -> Value:
 
 
 def embedding(call: Call) -> Value:
-    """Each index reads a row of the table; the batch stays where it is in the indices."""
+    """The batch in the indices, a table for all samples; scale_grad_by_freq counts over the batch and is refused."""
     call.require_unbatched("weight")
     if call.args.get("scale_grad_by_freq"):
         raise Mixes("scales gradients by how often an index occurs in the batch", "Set scale_grad_by_freq=False.")

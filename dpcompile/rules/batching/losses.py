@@ -16,7 +16,7 @@ def _reduction(call: Call) -> int:
 
 
 def elementwise(call: Call) -> Value:
-    """mse, l1, smooth_l1, huber, bce, kl_div and so on: a mean is over all elements, so of per-sample means."""
+    """The batch of all operands in the same place; a sum or mean is over all elements, so of samples alike."""
     tensors = tuple(call.tensors())
     axis = align(call, tensors, max(len(t.meta["val"].shape) for t in tensors))
     assert axis is not None
@@ -24,7 +24,7 @@ def elementwise(call: Call) -> Value:
 
 
 def cross_entropy(call: Call) -> Value:
-    """cross_entropy_loss, nll_loss(_nd, 2d): scores [N, C, ...] against targets [N, ...]."""
+    """Scores and targets of the same sample; a mean only where its divisor is the number of samples."""
     call.require_unbatched("weight")
     scores, targets = call.axis("self"), call.value("target")
     shape = call.shape("self")
@@ -68,7 +68,7 @@ def _mean(call: Call, axis: Axis, as_probabilities: bool, single: bool) -> Value
 
 
 def margin(call: Call) -> Value:
-    """triplet_margin, cosine_embedding: anchors and others, one row each; the last dimension of the rows goes."""
+    """Rows with the batch in dimension 0 of every operand that has it."""
     axis: Axis | None = None
     if any(len(call.shape(name)) < 2 for name in ("anchor", "positive", "input1", "input2") if name in call.args):
         raise Mixes("takes the batch for one row")
@@ -82,5 +82,5 @@ def margin(call: Call) -> Value:
 
 
 def nll_forward(call: Call) -> tuple[Value, Value]:
-    """nll_loss_forward, nll_loss2d_forward: the loss and the total weight of the targets."""
+    """As cross_entropy, with the total weight of the targets beside it."""
     return cross_entropy(call), Value(Kind.REDUCED)

@@ -10,7 +10,7 @@ REPLACE_BATCH_NORM = "Replace BatchNorm by nn.GroupNorm, or put it in eval mode 
 
 
 def layer_norm(call: Call) -> Result:
-    """layer_norm, rms_norm: the last dimensions are normalised."""
+    """The batch is not among the normalised dimensions; weight and bias are the same for all samples."""
     call.require_unbatched("weight", "bias")
     value = call.value("input")
     if call.batch_of("input").dim >= len(call.shape("input")) - len(call.args["normalized_shape"]):
@@ -19,6 +19,7 @@ def layer_norm(call: Call) -> Result:
 
 
 def group_norm(call: Call) -> Result:
+    """The batch in dimension 0; weight and bias are the same for all samples."""
     call.require_unbatched("weight", "bias")
     value = call.value("input")
     if call.batch_of("input").dim != 0 or call.number("N") not in (None, call.shape("input")[0]):
@@ -27,7 +28,7 @@ def group_norm(call: Call) -> Result:
 
 
 def instance_norm(call: Call) -> Value:
-    """Statistics per sample and channel; running statistics, where they are kept, are a mean over the batch."""
+    """The batch in dimension 0 (or 1), and no running statistics: those are a mean over the batch."""
     call.require_unbatched("weight", "bias")
     value = call.value("input")
     if call.batch_of("input").dim > 1:
@@ -41,7 +42,7 @@ def instance_norm(call: Call) -> Value:
 
 
 def batch_norm(call: Call) -> Result:
-    """In eval mode an affine map per channel; in training mode statistics over everything but dimension 1.
+    """Statistics that do not come from the batch (eval mode), or a batch folded into the channels.
 
     A batch folded into dimension 1 (how instance norm is written) has statistics of its own for every sample.
     """

@@ -34,28 +34,29 @@ def align(call: Call, operands: Sequence[fx.Node], out_ndim: int) -> Axis | None
 
 
 def pointwise(call: Call) -> Value:
+    """Each element by itself: the batch of all operands lies in the same dimension of the result, folded alike."""
     axis = align(call, tuple(call.tensors()), len(call.out_shape))
     return CONSTANT if axis is None else batched(axis)
 
 
 def among(call: Call) -> Value:
-    """isin, bucketize: each element is compared with all of a list, which must be the same for every sample."""
+    """Each element is compared with all of a list, which must be the same for every sample."""
     call.require_unbatched("test_elements", "test_element", "boundaries")
     return pointwise(call)
 
 
 def unary(call: Call) -> Value:
-    """A copy or a random change of each element by itself: whatever is known of the input holds for the result."""
+    """Nothing: each element is copied by itself, so whatever is known of the input holds for the result."""
     return call.value("self" if "self" in call.args else "input")
 
 
 def several(call: Call) -> Result:
-    """An element-wise op with several results: native_dropout, log_sigmoid_forward, frexp."""
+    """Nothing: each element gives several results by itself."""
     return call.everywhere(call.value("self" if "self" in call.args else "input"))
 
 
 def copy(call: Call) -> Value:
-    """`dst.copy_(src)`: only the values of `src` count, broadcast to the shape of `dst`."""
+    """Nothing: only the values of the source count, broadcast to the shape of the target."""
     source = call.args["src"]
     value = call.known(source)
     if value.axis is None:

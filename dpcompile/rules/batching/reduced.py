@@ -13,6 +13,8 @@ KEEPS = frozenset(
     | {"squeeze", "unsqueeze", "permute", "transpose"}
 )
 SUMS = frozenset({"sum", "mean"})
+PER_SAMPLE_MEAN = "Normalise per sample: divide each sample's sum by its own count (or by a constant), then average."
+OWN_TOKENS = "Take both means within each sample (over its own tokens, say), multiply, and then average over samples."
 NO_PENALTY = "Add such a penalty outside the model: it needs no privacy (weight_decay of the optimizer does it)."
 
 
@@ -55,6 +57,11 @@ def _divided(call: Call, value: Value) -> Value:
 
 
 def _cure(call: Call) -> str:
+    first, second = call.value("self").kind, call.value("other").kind
+    if call.op.overloadpacket.__name__ == "div" and second is Kind.REDUCED:
+        return PER_SAMPLE_MEAN
+    if first is second is Kind.REDUCED:
+        return OWN_TOKENS
     per_sample = any(call.known(tensor).kind is Kind.BATCHED for tensor in call.tensors())
     return "Take it over dimensions other than the batch." if per_sample else LOSS_PER_SAMPLE
 

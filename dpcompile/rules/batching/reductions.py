@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from dpcompile.ir import Kind, Value
-from dpcompile.rules.batching.base import CONSTANT, Call, Mixes, Result, batched, move
+from dpcompile.rules.batching.base import CONSTANT, PER_SAMPLE, Call, Mixes, Result, batched, move
 from dpcompile.rules.batching.pointwise import align
 
 OVER_BATCH = "goes over the samples of the batch"
+SORT_WITHIN = (
+    "Sort within each sample. Experts that sort the tokens of all samples have a form that does not: in transformers "
+    "model.set_experts_implementation('batched_mm')."
+)
 
 
 def reduce(call: Call) -> Result:
-    """amax, argmax, var, norm, logsumexp, any, max.dim and so on: dimensions go away (or stay with size 1)."""
+    """Over dimensions other than the batch."""
     return _reduce(call, None)
 
 
 def reduce_sum(call: Call) -> Result:
+    """Over dimensions other than the batch, or over the batch as a loss: a sum over samples."""
     return _reduce(call, Value(Kind.REDUCED))
 
 
 def reduce_mean(call: Call) -> Result:
+    """Over dimensions other than the batch, or over the batch as a loss: a mean over samples."""
     return _reduce(call, Value(Kind.REDUCED, mean=True))
 
 
@@ -38,12 +44,13 @@ def _reduce(call: Call, over_batch: Value | None) -> Result:
 
 
 def along(call: Call) -> Result:
-    """softmax, cumsum, sort, topk, diff: one dimension is worked on, all of them stay."""
+    """Along dimensions other than the batch, which all stay."""
     value = call.value("self")
     if value.axis is not None:
         dims = call.dims("dim", len(call.shape("self")))
         if dims is None or value.axis.dim in dims:
-            raise Mixes(OVER_BATCH)
+            sorts = call.op.overloadpacket.__name__ in ("sort", "argsort")
+            raise Mixes(OVER_BATCH, SORT_WITHIN if sorts else PER_SAMPLE)
         for name in ("prepend", "append"):  # of diff
             axis = call.axis(name)
             if axis is not None and axis != value.axis:
@@ -52,7 +59,7 @@ def along(call: Call) -> Result:
 
 
 def aligned_along(call: Call) -> Value:
-    """take_along_dim, cross: tensors aligned by broadcasting, worked on along one dimension."""
+    """Tensors aligned by broadcasting, worked on along a dimension other than the batch."""
     ndim = len(call.out_shape)
     axis = align(call, tuple(call.tensors()), ndim)
     if axis is None:
@@ -63,7 +70,7 @@ def aligned_along(call: Call) -> Value:
 
 
 def flip(call: Call) -> Value:
-    """flip, rot90: some dimensions are turned around."""
+    """Turns dimensions other than the batch."""
     value = call.value("self")
     if value.axis is not None and value.axis.dim in (call.dims("dims", len(call.shape("self"))) or ()):
         raise Mixes("turns the order of the samples around")
@@ -71,6 +78,7 @@ def flip(call: Call) -> Value:
 
 
 def roll(call: Call) -> Value:
+    """Along dimensions other than the batch, which must be named."""
     value = call.value("self")
     if value.axis is not None:
         dims = call.dims("dims", len(call.shape("self")))
@@ -80,7 +88,7 @@ def roll(call: Call) -> Value:
 
 
 def last_two(call: Call) -> Result:
-    """tril, triu and linear algebra on matrices: the batch must lie before the last two dimensions."""
+    """Matrices in the last two dimensions: the batch lies before them."""
     name = next(iter(call.args))
     value = call.value(name)
     if call.batch_of(name).dim >= len(call.shape(name)) - 2:

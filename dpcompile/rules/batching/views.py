@@ -12,6 +12,7 @@ PICK = "Keep all samples, or pick along another dimension."
 
 
 def permute(call: Call) -> Value:
+    """Nothing: the batch moves with its dimension."""
     value = call.value("self")
     dims = call.dims("dims", len(call.out_shape))
     if value.axis is None or dims is None:
@@ -20,6 +21,7 @@ def permute(call: Call) -> Value:
 
 
 def transpose(call: Call) -> Value:
+    """Nothing: the batch moves with its dimension."""
     value = call.value("self")
     ndim = len(call.out_shape)
     if value.axis is None:
@@ -30,7 +32,7 @@ def transpose(call: Call) -> Value:
 
 
 def transpose_last(call: Call) -> Value:
-    """t, mT, mH, adjoint: the last two dimensions change places."""
+    """Nothing: the last two dimensions change places, and the batch with its own."""
     value = call.value("self")
     ndim = len(call.out_shape)
     if value.axis is None or ndim < 2:
@@ -39,6 +41,7 @@ def transpose_last(call: Call) -> Value:
 
 
 def movedim(call: Call) -> Value:
+    """Nothing: the batch moves with its dimension."""
     value = call.value("self")
     ndim = len(call.out_shape)
     source, target = call.dims("source", ndim), call.dims("destination", ndim)
@@ -53,6 +56,7 @@ def movedim(call: Call) -> Value:
 
 
 def unsqueeze(call: Call) -> Value:
+    """Nothing: a new dimension of one moves the batch along."""
     value = call.value("self")
     if value.axis is None:
         return value
@@ -60,6 +64,7 @@ def unsqueeze(call: Call) -> Value:
 
 
 def squeeze(call: Call) -> Value:
+    """Nothing: dimensions of one go."""
     value = call.value("self")
     if value.axis is None:
         return value
@@ -70,6 +75,7 @@ def squeeze(call: Call) -> Value:
 
 
 def stack(call: Call) -> Value:
+    """The batch of all tensors that have one lies in the same dimension, folded alike."""
     tensors = call.args["tensors"]
     axis = align(call, tensors, len(call.out_shape) - 1)
     if axis is None:
@@ -78,6 +84,7 @@ def stack(call: Call) -> Value:
 
 
 def select(call: Call) -> Value:
+    """Not along the batch: that picks one sample."""
     value = call.value("self")
     axis = value.axis
     if axis is None:
@@ -90,6 +97,7 @@ def select(call: Call) -> Value:
 
 
 def unbind(call: Call) -> tuple[Value, ...]:
+    """Not along the batch: that takes it apart into single samples."""
     value, pieces = call.value("self"), call.node.meta["val"]
     axis, dim = value.axis, call.dim("dim", len(call.shape("self")))
     if axis is None:
@@ -100,7 +108,7 @@ def unbind(call: Call) -> tuple[Value, ...]:
 
 
 def unfold(call: Call) -> Value:
-    """Tensor.unfold: windows along one dimension, their elements in a new last one."""
+    """Windows along a dimension other than the batch; their elements come as a new last one."""
     value = call.value("self")
     if value.axis is not None and call.dim("dimension", len(call.shape("self"))) == value.axis.dim:
         raise Mixes("takes windows along the batch")
@@ -108,6 +116,7 @@ def unfold(call: Call) -> Value:
 
 
 def diagonal(call: Call) -> Value:
+    """The diagonal of two dimensions of which none is the batch."""
     value = call.value("self")
     if value.axis is None:
         return value
@@ -118,7 +127,19 @@ def diagonal(call: Call) -> Value:
     return move(value, value.axis.dim - sum(d < value.axis.dim for d in dims))
 
 
+def diag_embed(call: Call) -> Value:
+    """A last dimension other than the batch becomes the diagonal of a matrix in two new ones."""
+    value, before, ndim = call.value("self"), call.shape("self"), len(call.out_shape)
+    if value.axis is None:
+        return value
+    if value.axis.dim == len(before) - 1:
+        raise Mixes("lays the samples on a diagonal")
+    new = (call.dim("dim1", ndim), call.dim("dim2", ndim))
+    return move(value, [dim for dim in range(ndim) if dim not in new][value.axis.dim])
+
+
 def as_strided(call: Call) -> Value:
+    """Shape and strides as they are: other strides could read any element."""
     value, source = call.value("self"), call.args["self"]
     if value.axis is None:
         return value
@@ -134,5 +155,5 @@ def _strides(tensor: torch.Tensor) -> tuple[str, ...]:
 
 
 def as_real(call: Call) -> Value:
-    """view_as_real, view_as_complex: only a last dimension of 2 comes or goes."""
+    """Nothing: only a last dimension of 2 comes or goes."""
     return call.value("self")

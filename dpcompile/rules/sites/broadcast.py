@@ -21,7 +21,16 @@ from dpcompile.rules.sites.reduce import broadcasts
 aten = torch.ops.aten
 
 # Ops that broadcast from the right like pointwise ones, without the tag.
-ALSO = {aten.expand.default, aten.copy.default, aten.where.self, aten.lerp.Tensor, aten.native_dropout.default}
+ALSO = {
+    aten.expand.default,
+    aten.copy.default,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+    aten.rsub.Tensor,
+    aten.lerp.Tensor,
+    aten.native_dropout.default,
+}
 
 
 def _broadcasting(call: Call) -> bool:

@@ -1,4 +1,4 @@
-"""Every product of a parameter with an activation: linear, mm, addmm, bmm, baddbmm, matmul, mv, einsum.
+"""Every product of a parameter with an activation: linear, mm, addmm, bmm, baddbmm, matmul, mv, einsum and others.
 
 Each is read as one equation over labelled dimensions, x * w -> out. The labels say what every dimension is:
 
@@ -36,6 +36,8 @@ OPERANDS: dict[Any, tuple[str, str, str | None]] = {
     aten.baddbmm.default: ("batch1", "batch2", "self"),
     aten.matmul.default: ("self", "other", None),
     aten.mv.default: ("self", "vec", None),
+    aten.inner.default: ("self", "other", None),
+    aten.tensordot.default: ("self", "other", None),
     aten.einsum.default: ("tensors[0]", "tensors[1]", None),
 }
 
@@ -60,6 +62,10 @@ def equation_of(call: Call) -> Equation | None:
     if op is aten.linear.default:
         lead = _lead(left - 1)
         return Equation((*lead, "k"), ("n", "k")[-right:], (*lead, "n")[: left - 2 + right])
+    if op is aten.inner.default:
+        return _tensordot(call, [left - 1], [right - 1]) if left and right else None
+    if op is aten.tensordot.default:
+        return _tensordot(call, call.arguments["dims_self"], call.arguments["dims_other"])
     return _matmul(tuple(call.meta(left_slot).shape), tuple(call.meta(right_slot).shape))
 
 
@@ -81,15 +87,46 @@ def _matmul(left: tuple[Any, ...], right: tuple[Any, ...]) -> Equation:
     return Equation((*a, *rows, "k"), (*b, "k", *cols), (*names, *rows, *cols))
 
 
+def _tensordot(call: Call, left_dims: list[int], right_dims: list[int]) -> Equation | None:
+    left, right = call.meta("self").shape, call.meta("other").shape
+    names = [f"k{i}" for i in range(len(left_dims))]
+    a, b = [f"m{i}" for i in range(len(left))], [f"n{i}" for i in range(len(right))]
+    for name, i, j in zip(names, left_dims, right_dims, strict=True):
+        if left[i] != right[j]:  # size one, summed on its own
+            return None
+        a[i] = b[j] = name
+    return Equation(tuple(a), tuple(b), tuple(name for name in (*a, *b) if name not in names))
+
+
 def _einsum(call: Call) -> Equation | None:
     text = str(call.arguments["equation"]).replace(" ", "")
-    if len(call.arguments["tensors"]) != 2 or "." in text or "->" not in text:
+    if len(call.arguments["tensors"]) != 2:
         return None
-    inputs, out = text.split("->")
+    inputs, arrow, result = text.partition("->")
     left, right = inputs.split(",")
-    if any(len(set(part)) != len(part) for part in (left, right, out)):
+    if not arrow:
+        letters = inputs.replace(",", "").replace(".", "")
+        result = "..." * ("." in inputs) + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    shapes = [call.meta(slot).shape for slot in ("tensors[0]", "tensors[1]")]
+    a, b = (_labels(part, len(shape)) for part, shape in zip((left, right), shapes, strict=True))
+    spread = max(len(a) - len(left.replace(".", "")), len(b) - len(right.replace(".", "")))
+    out = _labels(result, len(result.replace(".", "")) + spread * ("." in result))
+    if any(len(set(part)) != len(part) for part in (a, b, out)):
         return None
-    return Equation(tuple(left), tuple(right), tuple(out))
+    sizes = [dict(zip(part, shape, strict=True)) for part, shape in zip((a, b), shapes, strict=True)]
+    return Equation(_ones_marked(a, *sizes), _ones_marked(b, *reversed(sizes)), out)
+
+
+def _labels(part: str, rank: int) -> Labels:
+    """One label for each dimension; those of an ellipsis are counted from the last."""
+    before, dots, after = part.partition("...")
+    count = rank - len(before) - len(after) if dots else 0
+    return (*before, *(f"...{count - i}" for i in range(count)), *after)
+
+
+def _ones_marked(labels: Labels, own: dict[str, Any], other: dict[str, Any]) -> Labels:
+    """Labels, marked where a dimension of size one meets a longer one."""
+    return tuple("_" + name if own[name] == 1 and name in other and other[name] != 1 else name for name in labels)
 
 
 @dataclass(frozen=True)
@@ -108,7 +145,7 @@ class Roles:
 
 def roles_of(call: Call, slot: str) -> Roles | None:
     equation = equation_of(call)
-    if equation is None:
+    if equation is None or not call.shape(slot):  # a parameter that is one number has no rows and columns
         return None
     left_slot, right_slot, _ = OPERANDS[call.node.target]
     weight, other = (equation.left, equation.right) if slot == left_slot else (equation.right, equation.left)

@@ -10,6 +10,7 @@ import torch
 
 from dpcompile.errors import Finding, refusal
 from dpcompile.forms import Explicit, Form
+from dpcompile.ir import Axis
 from dpcompile.origin import origin
 from dpcompile.rules.sites.base import (
     Call,
@@ -23,6 +24,7 @@ from dpcompile.rules.sites.base import (
     slots_of,
     tapped,
 )
+from dpcompile.shapes import batch_first
 
 
 class Fallback:
@@ -33,16 +35,14 @@ class Fallback:
         axes = [call.axis(slot) for slot in slots_of(call.arguments)]
         return (
             isinstance(call.node.meta["val"], torch.Tensor)
-            and not call.out_axis.folded
-            and not any(axis.folded for axis in axes if axis is not None)
             and any(axis is not None for axis in axes)
             and not any(not is_tensor(node) for node in call.node.all_input_nodes)
             and torch.Tag.nondeterministic_seeded not in call.node.target.tags  # type: ignore[union-attr]
         )
 
-    def _batched(self, call: Call) -> dict[str, int]:
+    def _batched(self, call: Call) -> dict[str, Axis]:
         axes = {slot: call.axis(slot) for slot in slots_of(call.arguments)}
-        return {slot: axis.dim for slot, axis in axes.items() if axis is not None}
+        return {slot: axis for slot, axis in axes.items() if axis is not None}
 
     def run(self, call: Call, arguments: dict[str, Any]) -> tuple[Any, dict[str, Tap]]:
         result = tapped(call_bound(call.node.target, arguments))
@@ -51,7 +51,7 @@ class Fallback:
 
     def form(self, call: Call, slot: str) -> Callable[..., Form]:
         batched, slots = self._batched(call), tuple(slots_of(call.arguments))
-        out_dim, shape = call.out_axis.dim, call.shape(slot)
+        out_axis, shape = call.out_axis, call.shape(slot)
 
         def form(*tensors: torch.Tensor) -> Form:
             *saved, grad = tensors
@@ -61,18 +61,18 @@ class Fallback:
                 arguments = dict(call.arguments)
                 for name, tensor in given.items():
                     arguments = put(arguments, name, tensor)
-                for (name, dim), piece in zip(batched.items(), slices, strict=True):
-                    arguments = put(arguments, name, piece.unsqueeze(dim))
+                for (name, axis), piece in zip(batched.items(), slices, strict=True):
+                    arguments = put(arguments, name, _as_batch(piece, axis))
 
                 def op(value: torch.Tensor) -> torch.Tensor:
                     return call_bound(call.node.target, put(arguments, slot, value))
 
                 vjp = torch.func.vjp(op, given[slot])[1]
-                return vjp(grad_i.unsqueeze(out_dim))[0]
+                return vjp(_as_batch(grad_i, out_axis))[0]
 
-            in_dims = (out_dim, *batched.values())
+            samples = (batch_first(given[name], axis) for name, axis in batched.items())
             try:
-                grads = torch.func.vmap(one, in_dims=in_dims)(grad, *(given[name] for name in batched))
+                grads = torch.func.vmap(one)(batch_first(grad, out_axis), *samples)
             except RuntimeError as error:
                 if "vmap fallback" in str(error):
                     raise refusal([_not_vmapped(call, slot, str(error))], "find-sites") from error
@@ -102,6 +102,11 @@ class Fallback:
     def work(self, call: Call, slot: str) -> Work:
         size = max(math.prod(call.shape(slot)), 1)
         return Work("explicit", max(per_sample_size(call.out, call.out_axis) // size, 1), 1, size)
+
+
+def _as_batch(piece: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """One sample's slice as a batch of one, its rows folded as the batch folds them."""
+    return piece.flatten(axis.dim, axis.dim + 1) if axis.folded else piece.unsqueeze(axis.dim)
 
 
 def _not_vmapped(call: Call, slot: str, reason: str) -> Finding:
