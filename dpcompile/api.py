@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpcompile.calls import CallSpec, bind_sample
+from dpcompile.calls import CallSpec, bind_sample, sample_values
 from dpcompile.clipping import Clipping, clipping_of
 from dpcompile.device import DeviceSpec, spec_for
 from dpcompile.errors import CaptureError, DPCompileError
@@ -26,18 +26,22 @@ from dpcompile.passes.insert_norms import insert_norms
 from dpcompile.passes.normalise import normalise
 from dpcompile.passes.reweight_gradients import reweight_gradients
 from dpcompile.passes.rewrite import Order, Rewrite, rewrite
+from dpcompile.passes.spare_masks import spare_masks
 from dpcompile.passes.split import split
 from dpcompile.passes.tidy import tidy
 from dpcompile.passes.trace_backward import loss_scale, trace_backward
 from dpcompile.passes.track_batch import track_batch
 from dpcompile.plan import Plan
-from dpcompile.runtime import DPModule, Emitted
+from dpcompile.runtime import NONFINITE, DPModule, Emitted
+from dpcompile.validate import check_norms
 from dpcompile.verify import verify
 
+VALIDATE = ("probe", "off")
 REWRITES: tuple[Rewrite, ...] = (
     insert_norms,  # reads the tensors of every site: before tidy drops what nothing reads yet
     reweight_gradients,  # needs the clip factors
     tidy,
+    spare_masks,  # of the marks that tidy has merged
 )
 """What is written behind the traced backward, in order; the verifier runs behind each."""
 
@@ -55,6 +59,8 @@ def dpcompile(
     clipping: str = "abadi",
     clip_groups: str | Sequence[str] | Mapping[str, float | None] = "flat",
     views: int = 1,
+    nonfinite: str = "zero",
+    validate: str = "probe",
 ) -> DPModule:
     """A module with the model's parameters, call and outputs, whose backward leaves clipped gradients.
 
@@ -80,14 +86,23 @@ def dpcompile(
         views: K rows of the batch, one after another, are views of one sample (or records of one user): its gradient
             is the mean over them, clipped as one (augmentation multiplicity, De et al. 2022). The model is called
             with B K rows, `per_sample_norms` is [B].
+        nonfinite: a sample whose gradient is NaN or infinite adds nothing to the sum and is counted in
+            `nonfinite_samples` ("zero", which keeps the sensitivity), or stops the backward ("raise").
+        validate: "probe" runs the emitted graph on two samples like the first of `sample_input` and compares their
+            norms with autograd on each alone; "off" does not.
 
     Raises:
         BatchMixingError: samples influence each other; every place is named.
         NoRuleError: an op is not known to be per-sample.
         CaptureError: torch.export cannot capture the model, or the sample does not fit it.
+        InvalidGraphError: the probe found norms that disagree; a bug of dpcompile.
         ValueError: an argument out of its range.
     """
     _check_arguments(model, max_grad_norm, norm_method, loss_reduction, loss_fn, sample_targets, views)
+    if validate not in VALIDATE:
+        raise ValueError(f"Expected validate={validate!r} to be one of {', '.join(VALIDATE)}.")
+    if nonfinite not in NONFINITE:
+        raise ValueError(f"Expected nonfinite={nonfinite!r} to be one of {', '.join(NONFINITE)}.")
     _check_parameters(model)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     clip = clipping_of(trainable, max_grad_norm, clipping, clip_groups)
@@ -101,7 +116,10 @@ def dpcompile(
         views=views,
     )
     plan = analysis.plan(norm_method, clipping=clip)
-    return DPModule(model, analysis.emit(plan, clip, mean=loss_reduction == "mean"))
+    dp_model = DPModule(model, analysis.emit(plan, clip, mean=loss_reduction == "mean"), nonfinite)
+    if validate == "probe":
+        dp_model.validated = check_norms(dp_model, sample_values(sample_input, sample_targets), loss_fn)
+    return dp_model
 
 
 @dataclass(frozen=True)
@@ -160,6 +178,37 @@ class Analysis:
         )
 
 
+@dataclass(frozen=True)
+class Proof:
+    """What batch tracking found in a model, before anything is refused."""
+
+    call: CallSpec
+    captured: Captured
+    program: Program  # captured, normalised
+    tracked: Tracked
+    fused: bool
+    loss_reduction: str
+    trainable: tuple[str, ...]
+
+    def conclude(self) -> Analysis:
+        """Uses and backward of a model whose samples stay apart.
+
+        Raises:
+            DPCompileError: they do not, or some use of a parameter has no rule.
+        """
+        program, tracked = self.program, self.tracked
+        check_supported(program, tracked)
+        uses = find_sites(program, tracked)
+        if self.fused and loss_scale(program, tracked) != self.loss_reduction:
+            raise DPCompileError(
+                f"check-supported: loss_fn gives a {loss_scale(program, tracked)} over samples, but loss_reduction="
+                f"{self.loss_reduction!r}. Say loss_reduction={loss_scale(program, tracked)!r}, or change loss_fn."
+            )
+        backward = trace_backward(program, tracked, uses, loss=self.fused)
+        verify(backward.program, "trace-backward")
+        return Analysis(self.call, self.captured, program, tracked, uses, backward, self.fused, self.trainable)
+
+
 def analyse(
     model: nn.Module,
     sample_input: Any,
@@ -171,6 +220,29 @@ def analyse(
     views: int = 1,
 ) -> Analysis:
     """Capture, proof, uses and backward of a model. The model's training flags are left as they were."""
+    proof = prove(
+        model,
+        sample_input,
+        batched=batched,
+        loss_fn=loss_fn,
+        sample_targets=sample_targets,
+        loss_reduction=loss_reduction,
+        views=views,
+    )
+    return proof.conclude()
+
+
+def prove(
+    model: nn.Module,
+    sample_input: Any,
+    *,
+    batched: Any = None,
+    loss_fn: Callable[..., torch.Tensor] | None = None,
+    sample_targets: Any = None,
+    loss_reduction: str = "mean",
+    views: int = 1,
+) -> Proof:
+    """Where the batch is in every value of a model, whether it is supported or not."""
     _check_parameters(model)
     call = bind_sample(model, sample_input, batched, sample_targets, views)
     was_training = model.training
@@ -185,17 +257,8 @@ def analyse(
     fused = loss_fn is not None
     program = verify(normalise(captured.program), "normalise")
     tracked = track_batch(program, loss=fused)
-    check_supported(program, tracked)
-    uses = find_sites(program, tracked)
     trainable = tuple(name for name, p in model.named_parameters() if p.requires_grad)
-    if fused and loss_scale(program, tracked) != loss_reduction:
-        raise DPCompileError(
-            f"check-supported: loss_fn gives a {loss_scale(program, tracked)} over samples, but loss_reduction="
-            f"{loss_reduction!r}. Say loss_reduction={loss_scale(program, tracked)!r}, or change loss_fn."
-        )
-    backward = trace_backward(program, tracked, uses, loss=fused)
-    verify(backward.program, "trace-backward")
-    return Analysis(call, captured, program, tracked, uses, backward, fused, trainable)
+    return Proof(call, captured, program, tracked, fused, loss_reduction, trainable)
 
 
 def _check_arguments(

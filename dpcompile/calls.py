@@ -190,6 +190,15 @@ def bind_sample(model: nn.Module, sample_input: Any, batched: Any, targets: Any 
     return CallSpec(parameters, names, positional, spec, tuple(leaves), rows // views, tensors[0].device, views)
 
 
+def sample_values(sample_input: Any, targets: Any = None) -> list[Any]:
+    """The leaves of the sample itself, in the order of `CallSpec.leaves`."""
+    if isinstance(sample_input, Mapping):
+        values = list(sample_input.values())
+    else:
+        values = list(sample_input) if isinstance(sample_input, (tuple, list)) else [sample_input]
+    return pytree.tree_leaves([*values, *([] if targets is None else [targets])])
+
+
 def _arguments(model: nn.Module, sample_input: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     signature = inspect.signature(model.forward)
     parameters = tuple(

@@ -6,7 +6,7 @@ A message names the pass, the user's own name for the thing, what was found, wha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 class DPCompileError(Exception):
@@ -37,6 +37,10 @@ class InvalidGraphError(DPCompileError):
     """A pass produced a graph that breaks an invariant. A bug of dpcompile, never of the user."""
 
 
+class NonFiniteGradientError(DPCompileError):
+    """A sample's gradient is NaN or infinite, and `nonfinite="raise"` was asked for."""
+
+
 class PrivacyError(DPCompileError):
     """A request that would void the privacy guarantee."""
 
@@ -52,6 +56,7 @@ class Finding:
     problem: str  # what was found
     cure: str  # what to do about it
     mixes: bool = True  # True: samples mix (never supportable); False: no rule yet
+    node: str = field(default="", compare=False)  # in the captured graph; "" where it was not told
 
     def __str__(self) -> str:
         where = f"`{self.module}`" + (f" ({self.module_type})" if self.module_type else "")

@@ -6,9 +6,9 @@ For sample i and one use of a parameter value the gradient is
     OneHot    the same with rows[i,t] = unit vector index[i,t]    embedding
     Explicit  G_i itself, [B, *shape]                             biases, norm layers, other small or odd values
 
-Inner products of two forms give norms and cross terms of weights used more than once (Book-Keeping, arXiv:2210.00038,
-eq. 3; the tied case adds 2 <G_embedding, G_head>). A form speaks of the dimensions of the parameter value: `row_dims`
-and `col_dims` say which of them its two factors span, so that a use of W and a use of W.T meet in one space.
+Inner products of two forms give norms and cross terms of weights used more than once (certified.py). A form speaks of
+the dimensions of the parameter value: `row_dims` and `col_dims` say which of them its two factors span, so that a use
+of W and a use of W.T meet in one space.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+
+from dpcompile import finite
 
 Dims = tuple[int, ...]
 
@@ -101,32 +103,7 @@ def _to_shape(blocks: torch.Tensor, form: Outer | OneHot, *, batched: bool) -> t
     return shaped.permute(*range(skip), *(skip + i for i in inverse))
 
 
-def sq_norm(grad: torch.Tensor) -> torch.Tensor:
-    """[B] squared norms of explicit gradients. `square().sum()`: vector_norm is too small on large CPU tensors."""
-    squares = _accurate(grad).square()
-    return squares.flatten(1).sum(1) if grad.dim() > 1 else squares
-
-
-def _accurate(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
-# ------------------------------------------------------------------ ghost
-
-
-def ghost_sq_norm(forms: Sequence[Outer | OneHot]) -> torch.Tensor:
-    """[B] squared norm of the sum of all forms, none of them made explicit: sum_kl <G_k, G_l>."""
-    factored: list[Outer | OneHot] = []
-    for form in merge(forms):
-        assert not isinstance(form, Explicit), "explicit gradients have no ghost norm"
-        factored.append(form)
-    total = inner(factored[0], factored[0])
-    for k, left in enumerate(factored):
-        if k:
-            total = total + inner(left, left)
-        for right in factored[k + 1 :]:
-            total = total + 2 * inner(left, right)
-    return total.clamp(min=0)  # a sum of squares; rounding of cancelling positions can leave it below zero
+# ------------------------------------------------------------------ several uses
 
 
 def merge(forms: Sequence[Form]) -> list[Form]:
@@ -137,7 +114,7 @@ def merge(forms: Sequence[Form]) -> list[Form]:
         if len(group) == 1:
             out.append(first)
         elif isinstance(first, Outer):
-            same = [form if form.row_dims == first.row_dims else _swapped(form) for form in group]
+            same = [form if form.row_dims == first.row_dims else swapped(form) for form in group]
             out.append(
                 replace(
                     first,
@@ -168,62 +145,30 @@ def _alike(forms: Sequence[Form]) -> list[list]:
     return list(kinds.values())
 
 
-def _swapped(form: Outer) -> Outer:
+def swapped(form: Outer) -> Outer:
+    """The same with rows and columns exchanged."""
     return replace(
         form, rows_BGTp=form.cols_BGTd, cols_BGTd=form.rows_BGTp, row_dims=form.col_dims, col_dims=form.row_dims
     )
 
 
-def inner(left: Outer | OneHot, right: Outer | OneHot) -> torch.Tensor:
-    """[B] inner product of two factored gradients: sum_ts <rows_t, rows'_s> <cols_t, cols'_s>."""
-    if spans(left) != spans(right):  # one weight read in two ways that share no factor
-        return (_accurate(explicit(left)) * _accurate(explicit(right))).flatten(1).sum(1)
-    if isinstance(left, Outer) and isinstance(right, Outer):
-        if left is right and left.rows_BGTp.shape[2] == 1:
-            return (
-                (sq_norm(left.rows_BGTp.flatten(0, 1)) * sq_norm(left.cols_BGTd.flatten(0, 1)))
-                .unflatten(0, left.rows_BGTp.shape[:2])
-                .sum(1)
-            )
-        other = right if right.row_dims == left.row_dims else _swapped(right)
-        rows = _gram(left.rows_BGTp.flatten(0, 1), other.rows_BGTp.flatten(0, 1))
-        cols = _gram(left.cols_BGTd.flatten(0, 1), other.cols_BGTd.flatten(0, 1))
-        return (rows * cols).sum((1, 2)).unflatten(0, left.rows_BGTp.shape[:2]).sum(1)
-    if isinstance(left, OneHot) and isinstance(right, OneHot):
-        same = left.index_BT.unsqueeze(2) == right.index_BT.unsqueeze(1)
-        return (_gram(left.cols_BTd, right.cols_BTd) * same).sum((1, 2))
-    if isinstance(left, Outer):
-        return inner(right, left)
-    assert isinstance(right, Outer)
-    dense = right if right.row_dims == left.row_dims else _swapped(right)
-    rows_BSV, cols_BSd = dense.rows_BGTp.squeeze(1), dense.cols_BGTd.squeeze(1)
-    index_BST = left.index_BT.unsqueeze(1).expand(-1, rows_BSV.shape[1], -1)
-    picked_BST = _accurate(rows_BSV.gather(2, index_BST))
-    return (picked_BST * _gram(cols_BSd, left.cols_BTd)).sum((1, 2))
-
-
-def _gram(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return _accurate(left) @ _accurate(right).transpose(1, 2)
-
-
 # ------------------------------------------------------------------ clipped sums
 
 
-def weighted_sum(form: Form, weight_B: torch.Tensor) -> torch.Tensor:
-    """sum_i weight_i G_i, of the value's shape, as one GEMM: (weight * rows)^T cols."""
+def weighted_sum(form: Form, weight_B: torch.Tensor, finite_B: torch.Tensor | None = None) -> torch.Tensor:
+    """sum_i weight_i G_i, of the value's shape, as one GEMM: (weight * rows)^T cols. Nothing of samples not finite."""
     if isinstance(form, Explicit):
-        return weighted_sum_kept(form.grad, weight_B)
+        return weighted_sum_kept(form.grad, weight_B, finite_B)
     if isinstance(form, OneHot):
-        scaled = form.cols_BTd * weight_B.to(form.cols_BTd.dtype)[:, None, None]
+        scaled = _scaled(_finite(form.cols_BTd, finite_B), weight_B)
         rows = form.shape[form.row_dims[0]]
         total = scaled.new_zeros(rows, scaled.shape[-1]).index_add(0, form.index_BT.flatten(), scaled.flatten(0, 1))
         return _to_shape(total, form, batched=False)
-    rows, cols = form.rows_BGTp, form.cols_BGTd
-    weight = weight_B.to(rows.dtype)[:, None, None, None]
+    rows, cols = _finite(form.rows_BGTp, finite_B), _finite(form.cols_BGTd, finite_B)
     if rows.shape[-1] <= cols.shape[-1]:
-        rows = rows * weight
+        rows = _scaled(rows, weight_B)
     else:
-        cols = cols * weight
+        cols = _scaled(cols, weight_B)
     if rows.shape[1] == 1:
         total = rows.flatten(0, 2).transpose(0, 1) @ cols.flatten(0, 2)
     else:
@@ -231,8 +176,25 @@ def weighted_sum(form: Form, weight_B: torch.Tensor) -> torch.Tensor:
     return _to_shape(total, form, batched=False)
 
 
-def weighted_sum_kept(grad: torch.Tensor, weight_B: torch.Tensor) -> torch.Tensor:
-    """sum_i weight_i G_i from per-sample gradients that were kept: 2 B p d flops."""
-    flat = grad.flatten(1) if grad.dim() > 1 else grad.unsqueeze(1)
-    total = weight_B.to(grad.dtype).unsqueeze(0) @ flat
+def weighted_sum_kept(grad: torch.Tensor, weight_B: torch.Tensor, finite_B: torch.Tensor | None = None) -> torch.Tensor:
+    """sum_i weight_i G_i from per-sample gradients that were kept, float32 at least: 2 B p d flops."""
+    flat = _finite(grad, finite_B)
+    flat = flat.flatten(1) if grad.dim() > 1 else flat.unsqueeze(1)
+    wide = _wide(grad.dtype)
+    total = weight_B.to(wide).unsqueeze(0) @ flat.to(wide)
     return total.reshape(grad.shape[1:])
+
+
+def _finite(tensor: torch.Tensor, finite_B: torch.Tensor | None) -> torch.Tensor:
+    return tensor if finite_B is None else finite.OP(tensor, finite_B)
+
+
+def _scaled(factor: torch.Tensor, weight_B: torch.Tensor) -> torch.Tensor:
+    """The factor with each sample's weight, rounded once to its own type."""
+    weight = weight_B.to(_wide(factor.dtype)).reshape(-1, *(1 for _ in factor.shape[1:]))
+    return (factor * weight).to(factor.dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """A weight as large as 1 / norm does not fit into float16, and is off by a half percent in bfloat16."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

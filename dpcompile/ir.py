@@ -241,6 +241,7 @@ class Draft:
 
     program: Program
     norms: str = ""  # [G, B] norms of the unscaled per-sample gradients
-    factors: Mapping[str, str] = field(default_factory=dict)  # placeholder of a parameter -> its [B] clip factors
+    factors: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Placeholder of a parameter -> its clip factors [B], and which samples are finite [B]."""
     kept: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Group -> per-sample gradients that are kept, in the order of its parameters."""

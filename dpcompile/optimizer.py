@@ -25,10 +25,13 @@ class _Logical:
 
     physical: PhysicalBatch | None = None  # handed out, and its `step()` not called yet
     backwards: int = 0  # since it was handed out
+    foreign: bool = False  # some gradient is not what the compiled module gave
     complete: bool = False  # the last physical batch was stepped over; gradients are released, or never were there
     counts: Tensor | None = None  # adaptive clipping: [G] unclipped samples so far
 
 
+SLACK = 1.01
+"""Of the length of a sum of clipped gradients, for rounding in narrow types."""
 Release = Callable[[Tensor | None], float]  # unclipped counts -> std of the noise to add to the sum
 
 
@@ -64,8 +67,23 @@ class PrivateOptimizer(Optimizer):
         self._accumulations = dict.fromkeys(map(id, self.parameters), 0)  # since the physical batch was handed out
         records.observe(dp_model._handle, self._on_backward)
         for p in self.parameters:
+            p.register_hook(self._on_gradient)
             p.register_post_accumulate_grad_hook(self._on_accumulation)
         optimizer.register_step_pre_hook(self._refuse_plain_step)
+
+    # torch.amp.GradScaler asks for the first, and then sets the second before it steps
+    _step_supports_amp_scaling = True
+
+    @property
+    def grad_scale(self) -> float:
+        return 1.0
+
+    @grad_scale.setter
+    def grad_scale(self, _scale: Any) -> None:
+        raise PrivacyError(
+            "optimizer: no GradScaler in private training: a scaled loss is clipped after scaling, and a step that is "
+            "skipped for an infinity depends on the data. Use bfloat16 (torch.autocast), which needs none."
+        )
 
     # shared with the wrapped optimizer, which replaces both when its state is loaded
     @property
@@ -108,6 +126,7 @@ class PrivateOptimizer(Optimizer):
                 "private.loader: it knows when the logical batch is complete."
             )
         logical.physical, logical.backwards = batch, 0
+        records.hand_nothing(self._dp_model._handle)
         self._accumulations = dict.fromkeys(map(id, self.parameters), 0)
         self._dp_model._weight = batch.weights
         return begins
@@ -134,15 +153,16 @@ class PrivateOptimizer(Optimizer):
                 "optimizer: step() without a batch of private.loader, so nothing is known of how its samples were "
                 "chosen. Iterate over private.loader, and call step() once for each batch."
             )
-        if max(self._accumulations.values()) > logical.backwards:
+        if logical.foreign or max(self._accumulations.values()) > logical.backwards:
             raise PrivacyError(
                 "optimizer: there are gradients that did not come from the compiled module. Call it, and not the "
-                "model that it was made from."
+                "model that it was made from; a penalty on weights belongs into the optimizer (weight_decay)."
             )
         logical.physical = None
         if not batch.last:
             return
         logical.complete = True
+        self._check_size(batch)
         std = self._release(logical.counts)
         self._write_noisy_means(std)
         self._stepping = True
@@ -172,6 +192,20 @@ class PrivateOptimizer(Optimizer):
         for group in self.param_groups:
             if NOISE_VARIANCE in group:
                 group[NOISE_VARIANCE] = (std / self._divisor) ** 2
+
+    def _check_size(self, batch: PhysicalBatch) -> None:
+        """No sum of clipped gradients is longer than the bound for every sample. All that a compiled backward shows."""
+        squares = [p.grad.detach().double().square().sum() for p in self.parameters if p.grad is not None]
+        most = batch.logical_size * self._dp_model.max_grad_norm
+        if squares and torch.stack(squares).sum().sqrt() > SLACK * most:
+            raise PrivacyError(
+                f"optimizer: the sum of {batch.logical_size} clipped gradients is longer than {most:.4g}, so there are "
+                "gradients in it that did not come from the compiled module. Nothing was released."
+            )
+
+    def _on_gradient(self, gradient: Tensor) -> None:
+        if records.is_handed(self._dp_model._handle, gradient) is False:
+            self._logical.foreign = True
 
     def _on_accumulation(self, p: Tensor) -> None:
         self._accumulations[id(p)] += 1

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from dpcompile import records
 from dpcompile.calls import TARGETS, CallSpec
 from dpcompile.clipping import Clipping, total_bound
-from dpcompile.errors import DPCompileError
+from dpcompile.errors import DPCompileError, PrivacyError
 from dpcompile.ir import InputKind, Output, OutputKind, Program
 from dpcompile.plan import Plan
 from dpcompile.torch_internals import boxed
@@ -83,6 +83,7 @@ class Emitted:
         return Emitted, tuple(getattr(self, f.name) for f in fields(self) if f.init)
 
 
+NONFINITE = ("zero", "raise")  # what becomes of a sample whose gradient is not finite
 WEIGHT = "sample_weight"  # an extra keyword of the call, unless the model's own forward has it
 
 
@@ -93,21 +94,31 @@ class DPModule(nn.Module):
     In eval mode, or without gradients, it is the model itself.
     """
 
-    def __init__(self, model: nn.Module, emitted: Emitted) -> None:
+    def __init__(self, model: nn.Module, emitted: Emitted, nonfinite: str = "zero") -> None:
         super().__init__()
         object.__setattr__(self, "module", model)  # not a submodule: names stay the model's own
         self._emitted = emitted
         named = dict(model.named_parameters(remove_duplicate=False))
         # held directly: torch.compile cannot look into an nn.LSTM for its parameters
         self._held = [named[i.target] for i in emitted.forward.inputs if i.kind is InputKind.PARAMETER]
+        self._dtypes = [p.dtype for p in self._held]
+        self._autocast = _autocast(emitted.call.device.type)
         self._share()
         self.training = model.training
         self._set_bounds([group.bound for group in emitted.clipping.groups])
         self._weight: torch.Tensor | None = None
         self._summed = False
         self._times = torch.zeros((), dtype=torch.int64)  # changed by every fused step: see records.py
-        self._handle = records.new_handle()
+        self._nonfinite = nonfinite
+        self.validated = "nothing: it was not asked for"  # what the probe of dpcompile(validate=) compared
+        self._handle = self._new_handle()
         weakref.finalize(self, records.forget, self._handle)
+
+    def _new_handle(self) -> int:
+        handle = records.new_handle()
+        if self._nonfinite == "raise":
+            records.refuse_nonfinite(handle)
+        return handle
 
     def _share(self) -> None:
         for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -177,6 +188,11 @@ class DPModule(nn.Module):
         return norms[0] if norms.shape[0] == 1 else norms.square().sum(0).sqrt()
 
     @property
+    def nonfinite_samples(self) -> int:
+        """Samples so far whose gradient was NaN or infinite: they added nothing to any sum. Not private."""
+        return records.nonfinite_samples(self._handle)
+
+    @property
     def per_group_norms(self) -> dict[str, torch.Tensor]:
         """The same for every clip group: [B] norms by name. Not private."""
         return {group.name: norms for group, norms in zip(self.clipping.groups, self._recorded(), strict=True)}
@@ -193,14 +209,17 @@ class DPModule(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return self._inference(args, kwargs)
         self._check_unchanged()
+        if self._summed and WEIGHT in kwargs and WEIGHT not in self._emitted.call.names:
+            raise PrivacyError(f"call: in a private run every sample counts once; {WEIGHT} is the loader's own.")
         weight = kwargs.pop(WEIGHT, self._weight) if WEIGHT not in self._emitted.call.names else self._weight
         leaves = self._emitted.call.flatten(args, kwargs)
         size = self._emitted.call.batch_size_of(leaves)
         padded = _pad_empty(self._emitted.call, leaves) if size == 0 else leaves
         weight = self._weight_of(weight, size, padded)
-        if self._emitted.backward is None:
-            return self._fused(padded, weight, empty=size == 0)
-        return self._split(padded, weight, empty=size == 0)
+        with torch.autocast(self._emitted.call.device.type, enabled=False):
+            if self._emitted.backward is None:
+                return self._fused(padded, weight, empty=size == 0)
+            return self._split(padded, weight, empty=size == 0)
 
     def _inference(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model itself. Parameters enter detached: no gradient could be clipped on this way."""
@@ -225,9 +244,10 @@ class DPModule(nn.Module):
     def _fused(self, leaves: list[Any], weight: torch.Tensor, *, empty: bool) -> Any:
         emitted = self._emitted
         primals = self._primals(emitted.forward, emitted.call.as_samples(leaves))
-        flat = _FusedFunction.apply(emitted, self._bound_tensor(primals), weight, empty, *primals)
+        handle = ~self._handle if empty else self._handle
+        flat = _FusedFunction.apply(emitted, self._bound_tensor(primals), weight, handle, *primals)
         *flat, norms = flat
-        records.HAND_OVER(norms, self._times, ~self._handle if empty else self._handle)
+        records.HAND_OVER(norms, self._times, handle)
         (loss,) = self._write_buffers(flat)
         return loss
 
@@ -276,7 +296,18 @@ class DPModule(nn.Module):
         return outputs
 
     def _check_unchanged(self) -> None:
-        """Raise where a parameter was frozen, unfrozen, added or replaced since compilation."""
+        """Raise where a parameter was frozen, unfrozen, added, replaced or moved to another type since compilation."""
+        if any(p.dtype is not dtype for p, dtype in zip(self._held, self._dtypes, strict=True)):
+            raise DPCompileError(
+                "call: the parameters have another type than when they were compiled, and norms are certified for that "
+                "one. Compile again with dpcompile(...)."
+            )
+        now, then = _autocast(self._emitted.call.device.type), self._autocast
+        if now is not then:
+            raise DPCompileError(
+                f"call: compiled {_autocast_text(then)} and called {_autocast_text(now)}; casts are part of the graph. "
+                "Compile again within the torch.autocast that you train with."
+            )
         inputs = [i for i in self._emitted.forward.inputs if i.kind is InputKind.PARAMETER]
         flags = all(p.requires_grad == i.trainable for p, i in zip(self._held, inputs, strict=True))
         if flags and torch.compiler.is_compiling():
@@ -315,7 +346,7 @@ class DPModule(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._share()
-        self.__dict__["_handle"] = records.new_handle()
+        self.__dict__["_handle"] = self._new_handle()
         weakref.finalize(self, records.forget, self._handle)
 
     def __repr__(self) -> str:
@@ -332,6 +363,15 @@ def _changed_message(then: tuple[str, ...], now: tuple[str, ...], replaced: list
         f"call: the trainable parameters changed after compilation ({'; '.join(parts) or 'their order'}). "
         "Compile again with dpcompile(...)."
     )
+
+
+def _autocast(device: str) -> torch.dtype | None:
+    """The type that autocast casts to; None where it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _autocast_text(dtype: torch.dtype | None) -> str:
+    return "without autocast" if dtype is None else f"under autocast to {str(dtype).removeprefix('torch.')}"
 
 
 def _pad_empty(call: CallSpec, leaves: list[Any]) -> list[Any]:
@@ -366,6 +406,11 @@ class _PrivateFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        with torch.autocast(ctx.emitted.call.device.type, enabled=False):  # the caller's loss may stand within one
+            return _PrivateFunction._backward(ctx, grads)
+
+    @staticmethod
+    def _backward(ctx: Any, grads: tuple[Any, ...]) -> Any:
         emitted = ctx.emitted
         if torch.compiler.is_compiling():
             tangents = [grads[i].contiguous() for i in emitted.tangents]
@@ -388,7 +433,10 @@ class _PrivateFunction(torch.autograd.Function):
             results = run(boxed)
         if ctx.handle < 0:  # an empty batch: its stand-in sample may have a gradient that is not finite
             results = [None if value is None else torch.zeros_like(value) for value in results]
-        return (None, None, None, None, *[None if at is None else results[at] for at in emitted.gradients])
+        gradients = [None if at is None else results[at] for at in emitted.gradients]
+        if not torch.compiler.is_compiling():
+            records.hand(ctx.handle, gradients)
+        return (None, None, None, None, *gradients)
 
 
 class _FusedFunction(torch.autograd.Function):
@@ -396,14 +444,14 @@ class _FusedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, emitted: Emitted, bound: torch.Tensor, weight: torch.Tensor, empty: bool, *primals: Any
+        ctx: Any, emitted: Emitted, bound: torch.Tensor, weight: torch.Tensor, handle: int, *primals: Any
     ) -> Any:
         results = emitted.forward.module.forward(*primals, bound, weight)
         count = len(results) - emitted.saved  # the model's own results; then gradients and norms
         *gradients, norms = results[count:]
-        ctx.emitted, ctx.empty = emitted, empty
+        ctx.emitted, ctx.handle = emitted, handle
         ctx.save_for_backward(*gradients)
-        own = [value * 0 for value in results[:count]] if empty else results[:count]
+        own = [value * 0 for value in results[:count]] if handle < 0 else results[:count]
         ctx.mark_non_differentiable(norms, *[own[i] for i in emitted.fixed])
         return (*own, norms)
 
@@ -411,8 +459,11 @@ class _FusedFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         scale = grads[ctx.emitted.tangents[0]]
         gradients = ctx.saved_tensors
-        if ctx.empty:
+        if ctx.handle < 0:
             gradients = [torch.zeros_like(g) for g in gradients]
         elif torch.compiler.is_compiling() or scale.device.type != "cpu" or scale.item() != 1.0:
             gradients = [g * scale for g in gradients]
-        return (None, None, None, None, *[None if at is None else gradients[at] for at in ctx.emitted.gradients])
+        handed = [None if at is None else gradients[at] for at in ctx.emitted.gradients]
+        if not torch.compiler.is_compiling():
+            records.hand(ctx.handle, handed)
+        return (None, None, None, None, *handed)

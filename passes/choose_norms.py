@@ -44,6 +44,8 @@ def _choose(group: GroupCost, device: DeviceSpec, policy: str, batch_size: int) 
     methods = group.methods
     if all(part.kind == "explicit" for part in group.parts):
         return Choice(Method.KEPT, "small: one gradient per sample is kept")
+    if any(part.kind == "explicit" for part in group.parts) and Method.KEPT in methods:
+        return Choice(Method.KEPT, "uses of two kinds: their sum is kept")
     if policy == "ghost" and Method.GHOST in methods:
         return Choice(Method.GHOST, "asked for")
     if policy == "paper" and Method.GHOST in methods:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from dpcompile.finite import finite_rows
 from dpcompile.ir import InputKind, OutputKind, Program
 
 aten = torch.ops.aten
@@ -23,10 +24,14 @@ _KEEP_ZERO = {
     aten.view, aten.reshape, aten._unsafe_view, aten.permute, aten.transpose, aten.t, aten.expand, aten.clone,
     aten._to_copy, aten.neg, aten.sum, aten.mean, aten.unsqueeze, aten.squeeze, aten.slice, aten.select, aten.div,
     aten.split, aten.split_with_sizes, aten.unbind, aten.sqrt, aten.unfold, aten.flip, aten.roll, aten.repeat,
-    aten.index_select, aten.gather, aten.diagonal, aten.movedim, aten.abs,
+    aten.index_select, aten.gather, aten.diagonal, aten.movedim, aten.abs, aten.zeros_like, aten.linalg_vector_norm,
+    aten.square,
 }  # fmt: skip
 # Zero where any argument is.
 _PRODUCTS = {aten.mul, aten.mm, aten.bmm, aten.matmul}
+
+UNDERFLOW = 1e-10
+"""More than certified.py adds to sizes in case products underflow. Nothing is hidden in a gradient that is zero."""
 
 
 def drop_tangents(program: Program, missing: Sequence[str]) -> Program | None:
@@ -74,6 +79,10 @@ def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
     packet = getattr(node.target, "overloadpacket", None)
     if packet in _PRODUCTS:
         return True
+    if node.target is finite_rows:
+        return first in zeros
+    if packet is aten.add and isinstance(node.args[1], float):
+        return first in zeros and 0 <= node.args[1] < UNDERFLOW
     if packet in (aten.add, aten.sub):
         return first in zeros and node.args[1] in zeros
     if packet in (aten.cat, aten.stack):

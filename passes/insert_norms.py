@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from dpcompile import records  # registers the op that carries norms out of a compiled backward
-from dpcompile.forms import Explicit, ghost_sq_norm, sq_norm
+from dpcompile.certified import dropped_norm, ghost_norm, kept_norm, unit
 from dpcompile.inline import inline
 from dpcompile.ir import Draft, Input, InputKind, Program, Space
 from dpcompile.passes.combine import GroupReader
@@ -47,7 +47,9 @@ def insert_norms(draft: Draft, order: Order) -> Draft:
     bound, weight = _bound_and_weight(program, len(clipping.groups))
     inputs = (*program.inputs, Input(bound.name, InputKind.BOUND), Input(weight.name, InputKind.WEIGHT))
     alive = [i for i, parts in enumerate(totals) if parts]
-    norms = {i: inline(graph, _join(order), totals[i], "norm")[0] for i in alive}
+    trained = {graph_input.meta["val"].dtype for graph_input in _trainable(program)}
+    join = _join(order, torch.float64 if torch.float64 in trained else torch.float32)
+    norms = {i: inline(graph, join, totals[i], "norm")[0] for i in alive}
     last = max(alive, key=lambda i: norms[i]._sort_key)
     (stacked,) = inline(graph, _stack(alive, len(clipping.groups)), [norms[i] for i in alive], "norm")
     if not order.fused:
@@ -64,14 +66,14 @@ def insert_norms(draft: Draft, order: Order) -> Draft:
             _factor(order, i, stacked=i == last),
             [stacked if i == last else norms[i], bound, weight],
             "norm",
-        )[0]
+        )
         for i in alive
     }
     return replace(
         draft,
         program=replace(program, inputs=inputs),
         norms=stacked.name,
-        factors={param: factors[i].name for param, i in clip_group.items()},
+        factors={param: tuple(node.name for node in factors[i]) for param, i in clip_group.items()},
         kept=kept,
     )
 
@@ -79,7 +81,7 @@ def insert_norms(draft: Draft, order: Order) -> Draft:
 def _norms_of(
     graph: fx.Graph, reader: GroupReader, order: Order, parts: Sequence[Sequence[bool]]
 ) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Squared norms, one for each part of the group's parameters, and the per-sample gradients that are kept."""
+    """[2, B] norms (certified.py), one for each part of the group's parameters; and the gradients that are kept."""
     if reader.group.space is Space.PULLBACK:
         made = inline(graph, _pulled_back(reader, parts), [*reader.inputs, *reader.sources], "norm", vmapped=True)
     else:
@@ -106,9 +108,15 @@ def _placeholder(graph: fx.Graph, name: str, value: Any) -> fx.Node:
     return node
 
 
-def _join(order: Order):
+def _trainable(program: Program) -> list[fx.Node]:
+    nodes = program.nodes()
+    return [nodes[item.node] for item in program.inputs if item.trainable]
+
+
+def _join(order: Order, dtype: torch.dtype):
     def join(*parts: torch.Tensor) -> list[torch.Tensor]:
-        norms = _total(parts).sqrt()
+        square, error = _total(parts).unbind()
+        norms = ((square.sqrt() + error.sqrt()) * (1 + 8 * unit(dtype))).to(dtype)  # and for the factors' own rounding
         if order.fused:
             return [norms]
         return [norms * norms.shape[0] if order.mean else norms / order.views if order.views > 1 else norms]
@@ -128,10 +136,12 @@ def _stack(alive: Sequence[int], count: int):
 def _factor(order: Order, group: int, *, stacked: bool):
     def factor(norms: torch.Tensor, bound: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
         own = norms[group] if stacked else norms
+        finite = own.isfinite()
         clipped = order.clipping.factor(own, bound[group]) * weight.to(own.dtype)
+        clipped = torch.where(finite, clipped, 0)
         if order.fused:
-            return [clipped / own.shape[0] if order.mean else clipped]
-        return [clipped / order.views if order.views > 1 and not order.mean else clipped]
+            return [clipped / own.shape[0] if order.mean else clipped, finite]
+        return [clipped / order.views if order.views > 1 and not order.mean else clipped, finite]
 
     return factor
 
@@ -139,10 +149,10 @@ def _factor(order: Order, group: int, *, stacked: bool):
 def _norm(reader: GroupReader, method: Method):
     def norm(*tensors: torch.Tensor) -> list[torch.Tensor]:
         forms = reader.combined(tensors)
-        if method is Method.GHOST and not any(isinstance(form, Explicit) for form in forms):
-            return [ghost_sq_norm(forms)]  # type: ignore[arg-type]
+        if method is Method.GHOST:
+            return [ghost_norm(forms)]  # type: ignore[arg-type]
         grad = reader.explicit_sum(tensors)
-        return [sq_norm(grad)] + ([grad] if method is Method.KEPT else [])
+        return [kept_norm(grad), grad] if method is Method.KEPT else [dropped_norm(forms, grad)]
 
     return norm
 
@@ -150,8 +160,8 @@ def _norm(reader: GroupReader, method: Method):
 def _pulled_back(reader: GroupReader, parts: Sequence[Sequence[bool]]):
     def norms(*tensors: torch.Tensor) -> list[torch.Tensor]:
         grads = reader.pulled_back(*tensors)
-        squares = [sq_norm(grad) for grad in grads]
-        sums = [_total([s for s, mine in zip(squares, part, strict=True) if mine]) for part in parts]
+        found = [kept_norm(grad) for grad in grads]
+        sums = [_total([n for n, mine in zip(found, part, strict=True) if mine]) for part in parts]
         return [*sums, *grads]
 
     return norms

@@ -23,16 +23,16 @@ def reweight_gradients(draft: Draft, order: Order) -> Draft:
     for reader in order.readers:
         group = reader.group
         kept = [nodes[name] for name in draft.kept.get(group.name, ())]
-        factor = nodes[draft.factors[group.params[0]]]
+        factor = [nodes[name] for name in draft.factors[group.params[0]]]
         if group.space is Space.PULLBACK:
             for param, gradient in zip(group.params, kept, strict=True):
-                factor = nodes[draft.factors[param]]
-                sums.setdefault(param, []).extend(inline(graph, _kept_sum, [factor, gradient], "sum"))
+                factor = [nodes[name] for name in draft.factors[param]]
+                sums.setdefault(param, []).extend(inline(graph, _kept_sum, [*factor, gradient], "sum"))
             continue
         if kept:
-            (total,) = inline(graph, _kept_sum, [factor, *kept], "sum")
+            (total,) = inline(graph, _kept_sum, [*factor, *kept], "sum")
         else:
-            (total,) = inline(graph, _sum(reader), [factor, *reader.inputs], "sum", vmapped=reader.vmapped)
+            (total,) = inline(graph, _sum(reader), [*factor, *reader.inputs], "sum", vmapped=reader.vmapped)
         if group.space is Space.VALUE and group.values[0].chain is not Chain.PERMUTE:
             (total,) = inline(graph, _scatter(reader), [total, *reader.sources], "sum")
         sums.setdefault(group.params[0], []).append(total)
@@ -40,13 +40,20 @@ def reweight_gradients(draft: Draft, order: Order) -> Draft:
     gradients = []
     for param, parts in sums.items():
         (total,) = parts if len(parts) == 1 else inline(graph, _add, parts, "sum")
+        dtype = nodes[param].meta["val"].dtype
+        if total.meta["val"].dtype is not dtype:  # a parameter that autocast casts, or a narrow one
+            (total,) = inline(graph, _cast(dtype), [total], "sum")
         gradients.append(Output(total.name, OutputKind.GRADIENT, targets[param]))
     outputs = (*program.outputs, *gradients, Output(draft.norms, OutputKind.NORMS))
     return replace(draft, program=replace(program, outputs=outputs))
 
 
-def _kept_sum(factor: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
-    return [weighted_sum_kept(gradient, factor)]
+def _cast(dtype: torch.dtype):
+    return lambda total: [total.to(dtype)]
+
+
+def _kept_sum(factor: torch.Tensor, finite: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
+    return [weighted_sum_kept(gradient, factor, finite)]
 
 
 def _add(*parts: torch.Tensor) -> list[torch.Tensor]:
@@ -57,8 +64,8 @@ def _add(*parts: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _sum(reader: GroupReader):
-    def clipped(factor: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        return _add(*(weighted_sum(form, factor) for form in reader.combined(tensors)))
+    def clipped(factor: torch.Tensor, finite: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return _add(*(weighted_sum(form, factor, finite) for form in reader.combined(tensors)))
 
     return clipped
 

@@ -234,10 +234,14 @@ def test_changed_parameters_are_noticed(change: str) -> None:
         dp_model(batch()[0])
 
 
-def test_moving_to_another_type_in_place_keeps_the_identity_of_parameters(dp_model: DPModule) -> None:
+def test_moving_to_another_type_needs_compiling_again(model: Net, dp_model: DPModule) -> None:
+    """Norms are certified for the type that was compiled."""
     dp_model.double()
     x, y = batch()
-    assert all(g.dtype is torch.float64 for g in step(dp_model, x.double(), y))
+    with pytest.raises(DPCompileError, match="another type than when they were compiled"):
+        dp_model(x.double())
+    again = dpcompile(model, x.double())
+    assert all(g.dtype is torch.float64 for g in step(again, x.double(), y))
 
 
 @pytest.mark.parametrize(

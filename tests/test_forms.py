@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import combinations_with_replacement
-
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpcompile.certified import ghost_norm, sq_norm
 from dpcompile.forms import (
     Explicit,
     Form,
     OneHot,
     Outer,
     explicit,
-    ghost_sq_norm,
-    inner,
     merge,
-    sq_norm,
     transposed,
     weighted_sum,
 )
@@ -61,6 +58,13 @@ def onehot(batch: int, length: int, rows: int, cols: int) -> OneHot:
     return OneHot(torch.randint(rows, (batch, length)), _randn(batch, length, cols), (rows, cols))
 
 
+def _ghost_square(forms: list[Form]) -> torch.Tensor:
+    """Without what the clipped sum may round, which is nothing to these small numbers in float64."""
+    square, error = ghost_norm(forms).unbind()  # type: ignore[arg-type]
+    torch.testing.assert_close(error, torch.zeros_like(error), atol=1e-20, rtol=0)
+    return square
+
+
 def _randn(*shape: int) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.double)
 
@@ -95,16 +99,6 @@ def test_weighted_sum_is_the_weighted_sum(
 
 
 @check
-@given(seed=seeds, batch=batches, length=sizes, rows=sizes, cols=sizes)
-def test_inner_products_of_every_pair(seed: int, batch: int, length: int, rows: int, cols: int) -> None:
-    factored = [form for form in some_forms(seed, batch, length, rows, cols) if not isinstance(form, Explicit)]
-    for left, right in combinations_with_replacement(factored, 2):
-        expected = (written_out(left) * written_out(right)).sum((1, 2))
-        torch.testing.assert_close(inner(left, right), expected)
-        torch.testing.assert_close(inner(right, left), expected)
-
-
-@check
 @given(seed=seeds, batch=batches, length=sizes, rows=sizes, cols=sizes, mask=st.integers(1, 31))
 def test_ghost_norm_of_several_uses_is_the_norm_of_their_sum(
     seed: int, batch: int, length: int, rows: int, cols: int, mask: int
@@ -112,7 +106,7 @@ def test_ghost_norm_of_several_uses_is_the_norm_of_their_sum(
     factored = [form for form in some_forms(seed, batch, length, rows, cols) if not isinstance(form, Explicit)]
     chosen = [form for i, form in enumerate(factored) if mask >> i & 1]
     total = sum(written_out(form) for form in chosen)
-    torch.testing.assert_close(ghost_sq_norm(chosen), total.square().sum((1, 2)))
+    torch.testing.assert_close(_ghost_square(chosen), total.square().sum((1, 2)))
 
 
 @check
@@ -121,7 +115,7 @@ def test_ghost_norm_of_groups(seed: int, batch: int, groups: int, length: int, r
     torch.manual_seed(seed)
     forms = [grouped(batch, groups, length, rows, cols), grouped(batch, groups, 1, rows, cols)]
     total = sum(written_out(form) for form in forms)
-    torch.testing.assert_close(ghost_sq_norm(forms), total.square().sum((1, 2, 3)))
+    torch.testing.assert_close(_ghost_square(forms), total.square().sum((1, 2, 3)))
 
 
 @check
@@ -133,7 +127,7 @@ def test_uses_that_share_no_factor_are_multiplied_out(seed: int, batch: int, len
     rows, cols = _randn(batch, 1, length, size), _randn(batch, 1, length, 2 * size)
     left, right = Outer(rows, cols, shape, (2,), (0, 1)), Outer(cols, rows, shape, (0, 2), (1,))
     total = written_out(left) + written_out(right)
-    torch.testing.assert_close(ghost_sq_norm([left, right]), total.square().sum((1, 2, 3)))
+    torch.testing.assert_close(_ghost_square([left, right]), total.square().sum((1, 2, 3)))
 
 
 @check
@@ -175,6 +169,6 @@ def test_norm_of_gradients_of_a_scalar_parameter() -> None:
 def test_half_precision_is_accumulated_in_float32() -> None:
     """In bfloat16 the sum of 4096 ones stops at 256."""
     ones = torch.ones(1, 4096, dtype=torch.bfloat16)
-    assert sq_norm(ones).item() == 4096
+    assert sq_norm(ones).item() == pytest.approx(4096, rel=1e-5)
     form = Outer(ones.reshape(1, 1, 4096, 1), ones.reshape(1, 1, 4096, 1), (1, 1), (0,), (1,))
-    assert ghost_sq_norm([form]).item() == 4096.0**2
+    assert ghost_norm([form])[0].item() == pytest.approx(4096.0**2, rel=1e-3)

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PASSES = ROOT / "passes"
-BASE = {"errors", "device", "ir", "shapes", "forms", "plan", "origin", "torch_internals", "cells"}
+BASE = {"errors", "device", "ir", "shapes", "forms", "finite", "certified", "plan", "origin", "cells"}
+BASE |= {"torch_internals"}
 
 
 def sources() -> dict[str, Path]:

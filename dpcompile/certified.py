@@ -1,0 +1,306 @@
+"""Norms of per-sample gradients that rounding cannot make too small. docs/certified_clip.md has the derivation.
+
+A norm is computed as two numbers for each sample, which later add up over the uses of all parameters:
+
+    square   at least the squared norm of the exact gradient
+    error    at least the square of what rounding adds where the gradient enters the clipped sum
+
+so that sqrt(square) + sqrt(error) bounds the norm of what the emitted graph adds for one sample with factor 1. All
+bounds are worst-case ones: a sum of n products, in any order, is off by at most gamma_n = n u / (1 - n u) times the sum
+of the absolute products (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1). They follow the
+data, not only the sizes: what a Gram matrix may be off by is weighed by the other one as it was computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dpcompile.forms import Explicit, Form, OneHot, Outer, explicit, merge, spans, swapped
+
+BLOCK = 1024
+"""Products that one matrix product adds up at most; longer ones are cut, and their parts added."""
+SHORT, LONG = 64, 2048
+"""Terms of a float32 sum before float64 takes over, in sums of more than LONG terms."""
+SECOND_ORDER = 1.001
+"""Covers products of bounds, each below 1e-4, and the rounding of the bounds themselves."""
+WELL_BELOW = 2e-4
+"""Relative over-estimate of a norm under which the simplest bound will do."""
+
+
+def accurate(tensor: torch.Tensor) -> torch.Tensor:
+    """float32 at least."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def unit(dtype: torch.dtype) -> float:
+    """Unit roundoff u: half the distance from 1 to the next number."""
+    return torch.finfo(dtype).eps / 2
+
+
+def gamma(terms: int, dtype: torch.dtype) -> float:
+    """Relative error of a sum of that many products, in the worst case."""
+    nu = terms * unit(dtype)
+    return nu / (1 - nu) if nu < 0.5 else float("inf")
+
+
+def tiny(dtype: torch.dtype) -> float:
+    """What a product that underflows may lose, also where subnormal numbers count as zero."""
+    return torch.finfo(dtype).tiny
+
+
+def storage_unit(dtype: torch.dtype) -> float:
+    """Unit roundoff of a type that is narrower than what sums are computed in; else 0, as it is counted there."""
+    return unit(dtype) if dtype in (torch.bfloat16, torch.float16) else 0.0
+
+
+def sq_norm(grad: torch.Tensor) -> torch.Tensor:
+    """[B] float64, at least the squared norms of gradients [B, ...] that enter the clipped sum as they are."""
+    squares = accurate(grad).square()
+    squares = squares.flatten(1) if grad.dim() > 1 else squares.unsqueeze(1)
+    count, dtype = squares.shape[1], squares.dtype
+    return _sum(squares) * (1 + 2 * gamma(_sum_terms(count, dtype) + 4, dtype)) + count * tiny(dtype)
+
+
+def _sum(values_Bn: torch.Tensor) -> torch.Tensor:
+    """[B] float64 sums: SHORT terms in the type of the values, the rest in float64, where there are many."""
+    count = values_Bn.shape[1]
+    if _sum_terms(count, values_Bn.dtype) == count:
+        return values_Bn.sum(1).double()
+    even = count // SHORT * SHORT
+    total = values_Bn[:, :even].unflatten(1, (SHORT, even // SHORT)).sum(1).sum(1, dtype=torch.float64)
+    return total if even == count else total + values_Bn[:, even:].sum(1, dtype=torch.float64)
+
+
+def _sum_terms(count: int, dtype: torch.dtype) -> int:
+    """Terms that `_sum` adds in the type of the values."""
+    return SHORT if count > LONG and dtype is not torch.float64 else count
+
+
+# ------------------------------------------------------------------ norms of one group of uses
+
+
+def kept_norm(grad: torch.Tensor) -> torch.Tensor:
+    """[2, B]: square and error of a gradient that is kept for the clipped sum, where only its product is rounded."""
+    square = sq_norm(grad)
+    return torch.stack([square, torch.zeros_like(square)])
+
+
+def dropped_norm(forms: Sequence[Form], grad: torch.Tensor) -> torch.Tensor:
+    """[2, B] from the explicit gradient, which the clipped sum forms once more in another order."""
+    square = sq_norm(grad) * (1 + 4 * storage_unit(grad.dtype))  # what was written down is not what the sum adds
+    error = torch.zeros_like(square)
+    for form in forms:
+        if not isinstance(form, Explicit):
+            error = error + 2 * _sum_gamma(form) * _length(form)
+    return torch.stack([square, error.square()])
+
+
+def ghost_norm(forms: Sequence[Outer | OneHot]) -> torch.Tensor:
+    """[2, B] of the sum of all forms, none of them made explicit: sum_kl <G_k, G_l>."""
+    merged = merge(forms)
+    if len(merged) == 1 and isinstance(merged[0], Outer) and merged[0].rows_BGTp.shape[2] == 1:
+        return _single_position(merged[0])
+    uses = [_measured(form) for form in merged]
+    square = uses[0].square
+    error = _sum_gamma(uses[0].form) * uses[0].length
+    for k, left in enumerate(uses):
+        if k:
+            square = square + left.square
+            error = error + _sum_gamma(left.form) * left.length
+        for right in uses[k + 1 :]:
+            square = square + 2 * _cross(left, right)
+    return torch.stack([square.clamp(min=0), error.square()])
+
+
+def _single_position(form: Outer) -> torch.Tensor:
+    """|r (x) c|^2 = |r|^2 |c|^2; nothing is added up, so nothing cancels."""
+    shape = form.rows_BGTp.shape[:2]
+    squares = sq_norm(form.rows_BGTp.flatten(0, 1)) * sq_norm(form.cols_BGTd.flatten(0, 1))
+    square = squares.unflatten(0, shape).sum(1)
+    return torch.stack([square, torch.zeros_like(square)])
+
+
+@dataclass(frozen=True)
+class _Use:
+    """One form with what its own Gram matrices tell."""
+
+    form: Outer | OneHot
+    square: torch.Tensor  # [B] float64, |G|^2 and what may be missing from it
+    rows: torch.Tensor  # [B, G, T] at least the norms of the rows; ones for a look-up
+    cols: torch.Tensor  # [B, G, T]
+    length: torch.Tensor  # [B] float64, at least sum_t |rows_t| |cols_t|, rows of one place added up
+
+
+def _measured(form: Form) -> _Use:
+    if isinstance(form, OneHot):
+        same = form.index_BT.unsqueeze(2) == form.index_BT.unsqueeze(1)
+        gram, cols = _gram(form.cols_BTd, form.cols_BTd)
+        pairs = cols.unsqueeze(2) * cols.unsqueeze(1) * same
+        count, dtype = form.cols_BTd.shape[2], gram.dtype
+        most = _sum2(pairs)
+        square = _sum2(gram * same) + SECOND_ORDER * (gamma(_terms(count), dtype) + _gamma2(pairs)) * most
+        return _Use(form, square, torch.ones_like(cols)[:, None], cols[:, None], most.sqrt())
+    assert isinstance(form, Outer)
+    shape = form.rows_BGTp.shape[:2]
+    rows_gram, rows = _gram(form.rows_BGTp.flatten(0, 1), form.rows_BGTp.flatten(0, 1))
+    cols_gram, cols = _gram(form.cols_BGTd.flatten(0, 1), form.cols_BGTd.flatten(0, 1))
+    square = _pairing(rows_gram, rows, rows, form.rows_BGTp.shape[3], cols_gram, cols, cols, form.cols_BGTd.shape[3])
+    length = (rows * cols).sum(1, dtype=torch.float64).unflatten(0, shape)
+    return _Use(
+        form,
+        square.unflatten(0, shape).sum(1),
+        rows.unflatten(0, shape),
+        cols.unflatten(0, shape),
+        length.square().sum(1).sqrt() if shape[1] != 1 else length.squeeze(1),
+    )
+
+
+def _cross(left: _Use, right: _Use) -> torch.Tensor:
+    """[B] at least <G, G'>."""
+    a, b = left.form, right.form
+    if spans(a) != spans(b):  # one weight read in two ways that share no factor
+        dtype = accurate(a.cols_BTd if isinstance(a, OneHot) else a.cols_BGTd).dtype
+        product = (accurate(explicit(a)) * accurate(explicit(b))).flatten(1)
+        off = _sum_gamma(a) + _sum_gamma(b) + gamma(_sum_terms(product.shape[1], dtype) + 4, dtype)
+        return _sum(product) + SECOND_ORDER * off * left.length * right.length
+    if isinstance(a, Outer) and isinstance(b, Outer):
+        if a.row_dims != b.row_dims:
+            b, right = swapped(b), _Use(b, right.square, right.cols, right.rows, right.length)
+        rows = _product(a.rows_BGTp.flatten(0, 1), b.rows_BGTp.flatten(0, 1))
+        cols = _product(a.cols_BGTd.flatten(0, 1), b.cols_BGTd.flatten(0, 1))
+        square = _pairing(
+            rows,
+            left.rows.flatten(0, 1),
+            right.rows.flatten(0, 1),
+            a.rows_BGTp.shape[3],
+            cols,
+            left.cols.flatten(0, 1),
+            right.cols.flatten(0, 1),
+            a.cols_BGTd.shape[3],
+        )
+        return square.unflatten(0, a.rows_BGTp.shape[:2]).sum(1)
+    if isinstance(a, Outer):
+        return _cross(right, left)
+    assert isinstance(b, Outer)
+    dense, norms = (b, right.cols) if b.row_dims == a.row_dims else (swapped(b), right.rows)
+    rows_BSV, cols_BSd = dense.rows_BGTp.squeeze(1), dense.cols_BGTd.squeeze(1)
+    picked_BST = accurate(rows_BSV.gather(2, a.index_BT.unsqueeze(1).expand(-1, rows_BSV.shape[1], -1)))
+    gram_BST = _product(cols_BSd, a.cols_BTd)
+    most = picked_BST.abs() * norms.squeeze(1).unsqueeze(2) * left.cols.squeeze(1).unsqueeze(1)
+    off = gamma(_terms(cols_BSd.shape[2]), gram_BST.dtype) + _gamma2(most)
+    underflow = picked_BST.shape[1] * picked_BST.shape[2] * tiny(gram_BST.dtype)
+    return _sum2(picked_BST * gram_BST) + SECOND_ORDER * off * _sum2(most) + underflow
+
+
+def _pairing(
+    rows_gram: torch.Tensor,
+    left_rows: torch.Tensor,
+    right_rows: torch.Tensor,
+    p: int,
+    cols_gram: torch.Tensor,
+    left_cols: torch.Tensor,
+    right_cols: torch.Tensor,
+    d: int,
+) -> torch.Tensor:
+    """[N] at least sum_ts <rows_t, rows'_s> <cols_t, cols'_s>, from Gram matrices [N, T, S] and norms [N, T], [N, S].
+
+    With K = rows_gram and A = cols_gram as computed, off by gamma_p |r_t| |r_s| and gamma_d |c_t| |c_s|:
+    sum K A + gamma_d sum |K| |c_t| |c_s| + gamma_p sum |A| |r_t| |r_s| + gamma_d gamma_p (sum_t |r_t| |c_t|) (...).
+    Where the sizes alone make the bound small, (gamma_d + gamma_p) times the last product is taken for all of it.
+    """
+    dtype = rows_gram.dtype
+    by_rows, by_cols = gamma(_terms(p), dtype), gamma(_terms(d), dtype)
+    pairs = rows_gram * cols_gram
+    adding = _gamma2(pairs)
+    left, right = ((r * c).sum(1, dtype=torch.float64) for r, c in ((left_rows, left_cols), (right_rows, right_cols)))
+    everything = left * right
+    total = _sum2(pairs) + pairs.shape[1] * pairs.shape[2] * tiny(dtype)
+    positions = max(pairs.shape[1], pairs.shape[2])
+    if (by_rows + by_cols + adding) * positions / 2 < WELL_BELOW:
+        return total + SECOND_ORDER * (by_rows + by_cols + adding) * everything
+    by_data = (by_cols + adding) * _weighed(rows_gram, left_cols, right_cols)
+    by_data = by_data + by_rows * _weighed(cols_gram, left_rows, right_rows)
+    return total + SECOND_ORDER * (by_data + (by_rows + adding) * by_cols * everything)
+
+
+# ------------------------------------------------------------------ Gram matrices and sums
+
+
+def _terms(count: int) -> int:
+    """Terms that follow one another in a matrix product cut into blocks."""
+    blocks = -(-count // BLOCK)
+    return -(-count // blocks) + blocks if blocks else 1
+
+
+def _product(left_NTk: torch.Tensor, right_NSk: torch.Tensor) -> torch.Tensor:
+    """[N, T, S] inner products, at most BLOCK terms at a time."""
+    left, right = accurate(left_NTk), accurate(right_NSk).transpose(1, 2)
+    count = left.shape[2]
+    blocks = -(-count // BLOCK)
+    if blocks <= 1:
+        return left @ right
+    size = -(-count // blocks)
+    total = left[:, :, :size] @ right[:, :size]
+    for start in range(size, count, size):
+        total = total + left[:, :, start : start + size] @ right[:, start : start + size]
+    return total
+
+
+def _gram(left_NTk: torch.Tensor, right_NTk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, T, T] inner products of all positions, and [N, T] norms that are not too small, from its diagonal.
+
+    The least norm is such that what underflow takes from a product is covered by the relative bound.
+    """
+    gram = _product(left_NTk, right_NTk)
+    dtype = gram.dtype
+    least = left_NTk.shape[2] * 4 * tiny(dtype) / unit(dtype)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    slack = 1 + 2 * gamma(_terms(left_NTk.shape[2]), dtype) + 8 * unit(dtype)
+    return gram, (diagonal * slack + least).sqrt()
+
+
+def _sum2(values_NTS: torch.Tensor) -> torch.Tensor:
+    """[N] float64 sums over both positions."""
+    return values_NTS.sum(2).sum(1, dtype=torch.float64)
+
+
+def _weighed(values_NTS: torch.Tensor, left_NT: torch.Tensor, right_NS: torch.Tensor) -> torch.Tensor:
+    """[N] float64 sums of |values_ts| left_t right_s."""
+    rows_NT = torch.linalg.vector_norm(values_NTS * right_NS.unsqueeze(1), ord=1, dim=2)
+    return (rows_NT * left_NT).sum(1, dtype=torch.float64)
+
+
+def _gamma2(values_NTS: torch.Tensor) -> float:
+    """Relative error of `_sum2` of products, against the sum of their absolute values."""
+    return gamma(values_NTS.shape[2] + 4, values_NTS.dtype)
+
+
+def _sum_gamma(form: Outer | OneHot) -> float:
+    """Error of the clipped sum of one sample against sum_t |rows_t| |cols_t|: scaling, products, T terms, storage."""
+    dtype = _dtype(form)
+    length = form.cols_BTd.shape[1] if isinstance(form, OneHot) else form.rows_BGTp.shape[2]
+    wide = torch.float32 if storage_unit(dtype) else dtype
+    return SECOND_ORDER * (gamma(length + 4, wide) + storage_unit(dtype))
+
+
+def _dtype(form: Outer | OneHot) -> torch.dtype:
+    return form.cols_BTd.dtype if isinstance(form, OneHot) else form.rows_BGTp.dtype
+
+
+def _length(form: Outer | OneHot) -> torch.Tensor:
+    """[B] float64, at least sum_t |rows_t| |cols_t|, by reading both factors once."""
+    if isinstance(form, OneHot):
+        return _row_norms(form.cols_BTd).sum(1, dtype=torch.float64)
+    lengths = (_row_norms(form.rows_BGTp) * _row_norms(form.cols_BGTd)).sum(2, dtype=torch.float64)
+    return lengths.square().sum(1).sqrt() if lengths.shape[1] != 1 else lengths.squeeze(1)
+
+
+def _row_norms(values: torch.Tensor) -> torch.Tensor:
+    """Norms over the last dimension that are not too small, in one pass that writes nothing."""
+    count = values.shape[-1]
+    dtype = torch.float64 if values.dtype is torch.float64 else torch.float32
+    norms = torch.linalg.vector_norm(values, dim=-1, dtype=dtype)
+    return norms * (1 + gamma(count + 4, dtype)) + (count * 4 * tiny(dtype) / unit(dtype)) ** 0.5

@@ -1,0 +1,45 @@
+"""Samples whose gradient is not finite: their part of a clipped sum is zero, whatever NaN or infinity stands in it.
+
+A clip factor of zero is not enough, since 0 * NaN is NaN and a matrix product adds samples up. While a graph is built
+the op below stands where rows have to be cleared; passes/spare_masks.py then puts `finite_rows` in its place, which in
+an eager call copies nothing as long as all samples are finite.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.overrides import handle_torch_function, has_torch_function
+
+
+@torch.library.custom_op("dpcompile::finite_rows", mutates_args=())
+def _finite_rows(tensor: torch.Tensor, finite_B: torch.Tensor) -> torch.Tensor:
+    return cleared(tensor, finite_B)
+
+
+@_finite_rows.register_fake
+def _(tensor: torch.Tensor, finite_B: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor)
+
+
+OP = torch.ops.dpcompile.finite_rows.default
+
+
+def cleared(tensor: torch.Tensor, finite_B: torch.Tensor) -> torch.Tensor:
+    """The tensor [B, ...] with zeros for the samples that are not finite."""
+    return torch.where(finite_B.reshape(-1, *(1 for _ in tensor.shape[1:])), tensor, 0)
+
+
+def unless_all(finite_B: torch.Tensor) -> torch.Tensor | None:
+    """The mask; None if all samples are finite, which an eager call can look at."""
+    if has_torch_function((finite_B,)):  # torch traces a stored graph when it loads it
+        return handle_torch_function(unless_all, (finite_B,), finite_B)
+    if torch.compiler.is_compiling():
+        return finite_B
+    return None if bool(finite_B.all()) else finite_B
+
+
+def finite_rows(tensor: torch.Tensor, mask_B: torch.Tensor | None) -> torch.Tensor:
+    """The tensor itself where there is nothing to clear."""
+    if has_torch_function((tensor, mask_B)):
+        return handle_torch_function(finite_rows, (tensor, mask_B), tensor, mask_B)
+    return tensor if mask_B is None else cleared(tensor, mask_B)

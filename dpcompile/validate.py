@@ -1,0 +1,259 @@
+"""The second line of defence: the emitted graph is run on two samples and compared with autograd on each alone.
+
+The proof is made by rules, and a rule can be wrong. What is looked at here is the result, so a mismatch is a bug of
+ours whatever its cause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dpcompile import records
+from dpcompile.calls import CallSpec
+from dpcompile.errors import InvalidGraphError
+from dpcompile.ir import OutputKind
+from dpcompile.runtime import DPModule
+
+BELOW = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""How far below the truth a norm may be, by what rounding does to two ways of computing it; other types: 5 %."""
+ABOVE = 0.05
+"""How far above: certified norms over-estimate, by percents in long sequences."""
+
+
+def nearby(values: Tensor, noise: Tensor) -> Tensor:
+    """The sample's floating-point data, so spread that equal rows differ."""
+    return values * (1 + 0.1 * noise)
+
+
+def scattered(values: Tensor, noise: Tensor) -> Tensor:
+    """With factors around zero: positions that cancel, whose norm is over-estimated by any factor, do not any more."""
+    return values * noise
+
+
+def unrelated(_values: Tensor, noise: Tensor) -> Tensor:
+    """Numbers of ordinary size, where those of the sample are too large for their squares."""
+    return noise
+
+
+DATA = (nearby, scattered, unrelated)
+"""What is tried in turn. A wrong rule is wrong for all of them."""
+
+LossFn = Callable[..., Tensor] | None
+
+
+def check_norms(dp_model: DPModule, leaves: Sequence[Any], loss_fn: LossFn) -> str:
+    """Compare norms of two samples like those of `leaves`. Returns what was compared, or why nothing could be.
+
+    Gradients, buffers, training flags, norms and torch's generators are left as they were.
+
+    Raises:
+        InvalidGraphError: norms disagree for all data that are tried; has what is needed to report it.
+    """
+    call = dp_model._emitted.call
+    if call.batch_size_of(list(leaves)) == 0:
+        return "nothing: the sample is empty"
+    generator = torch.Generator().manual_seed(0)
+    mismatch = ""
+    with _undone(dp_model):
+        for data in DATA:
+            try:
+                found, truth = _norms(dp_model, _two(call, leaves, data, generator), loss_fn, generator)
+            except _Incomparable as reason:
+                return f"nothing: {reason}"
+            if _agree(dp_model, found, truth):
+                return "norms of two samples"
+            mismatch = f"{found.tolist()} by the emitted graph, {truth.tolist()} by autograd on each sample alone"
+    raise InvalidGraphError(
+        f"validate: per-sample norms disagree: {mismatch}. This is a bug of dpcompile: please report it with the "
+        f"model, {_facts(dp_model)} "
+        "dpcompile(..., validate='off') compiles all the same; do not train privately with it."
+    )
+
+
+class _Incomparable(Exception):  # noqa: N818  (an answer, not an error)
+    pass
+
+
+def _agree(dp_model: DPModule, found: Tensor, truth: Tensor) -> bool:
+    dtypes = [p.dtype for p in dp_model.parameters() if p.requires_grad]
+    below = max(BELOW.get(dtype, ABOVE) for dtype in dtypes)
+    least = 1e-6 * truth.max().clamp(min=1e-30)
+    return bool(((found >= truth * (1 - below) - least) & (found <= truth * (1 + ABOVE) + least)).all())
+
+
+def _two(
+    call: CallSpec, leaves: Sequence[Any], data: Callable[[Tensor, Tensor], Tensor], generator: torch.Generator
+) -> list[Any]:
+    """Leaves of two samples, with other floating-point data."""
+    made = []
+    for spec, value in zip(call.leaves, leaves, strict=True):
+        if spec.batch_dim is None:
+            made.append(value)
+            continue
+        rows = [min(i, value.shape[spec.batch_dim] - 1) for i in range(2 * call.views)]
+        chosen = value.detach().index_select(spec.batch_dim, torch.tensor(rows, device=value.device))
+        if chosen.is_floating_point():
+            chosen = data(chosen, torch.randn(chosen.shape, generator=generator).to(chosen))
+        made.append(chosen)
+    return made
+
+
+def _one(call: CallSpec, leaves: Sequence[Any], i: int) -> list[Any]:
+    return [
+        value if spec.batch_dim is None else value.narrow(spec.batch_dim, i * call.views, call.views)
+        for spec, value in zip(call.leaves, leaves, strict=True)
+    ]
+
+
+def _norms(dp_model: DPModule, leaves: list[Any], loss_fn: LossFn, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """[2] norms by the emitted graph, and by autograd on one sample at a time."""
+    call = dp_model._emitted.call
+    ones = [_one(call, leaves, i) for i in range(2)]
+    if not _draws(dp_model):
+        own = [_plain(dp_model, one, loss_fn) for one in ones]
+        whole = _private(dp_model, leaves)
+        tangents = [_tangent(a, b, c, generator) for a, b, c in zip(whole, own[0], own[1], strict=True)]
+        found = _emitted_norms(dp_model, whole, tangents)
+        parts = [[_part(t, o, i) for t, o in zip(tangents, own[i], strict=True)] for i in range(2)]
+        truth = [_autograd_norm(dp_model, own[i], parts[i]) for i in range(2)]
+        return found, torch.stack(truth) * (2 if _mean_is_taken_back(dp_model) else 1) * _per_view(dp_model)
+    found, truth = [], []
+    for i, one in enumerate(ones):  # alone, so that both draw the same random numbers
+        torch.manual_seed(i)
+        whole = _private(dp_model, one)
+        torch.manual_seed(i)
+        own = _plain(dp_model, one, loss_fn)
+        if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(whole, own, strict=True)):
+            raise _Incomparable("the model draws random numbers in another order than the graph")
+        fused = dp_model._emitted.backward is None  # its norms are those of the loss itself
+        tangents = [torch.ones_like(o) if fused else torch.randn(o.shape, generator=generator).to(o) for o in own]
+        found.append(_emitted_norms(dp_model, whole, tangents))
+        truth.append(_autograd_norm(dp_model, own, tangents))
+    return torch.cat(found), torch.stack(truth) * _per_view(dp_model)
+
+
+def _draws(dp_model: DPModule) -> bool:
+    """Whether the graph has random numbers in it."""
+    nodes = dp_model._emitted.forward.graph.nodes
+    return any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in nodes)
+
+
+def _mean_is_taken_back(dp_model: DPModule) -> bool:
+    return dp_model._emitted.backward is not None and dp_model._emitted.mean
+
+
+def _per_view(dp_model: DPModule) -> float:
+    views = dp_model._emitted.call.views
+    return 1.0 if dp_model._emitted.backward is None or dp_model._emitted.mean else 1.0 / views
+
+
+def _private(dp_model: DPModule, leaves: list[Any]) -> list[Tensor]:
+    """The results of the emitted graph that have gradients: floating-point outputs, or the loss."""
+    args, kwargs, targets = dp_model._emitted.call.unflatten(leaves)
+    if dp_model._emitted.backward is None:
+        return [dp_model(*args, **kwargs, targets=targets)]
+    return _floats(dp_model, dp_model(*args, **kwargs))
+
+
+def _plain(dp_model: DPModule, leaves: list[Any], loss_fn: LossFn) -> list[Tensor]:
+    """The same by the model itself on one sample; the loss is that of its views together."""
+    args, kwargs, targets = dp_model._emitted.call.unflatten(leaves)
+    try:
+        outputs = dp_model.module(*args, **kwargs)
+        if loss_fn is None:
+            return _floats(dp_model, outputs)
+        loss = loss_fn(outputs, targets)
+    except Exception as error:  # of the user's code, which was never called with one sample before
+        raise _Incomparable(f"the model fails on one sample alone ({type(error).__name__}: {error})") from error
+    mean = dp_model._emitted.mean or loss.dim()
+    return [loss.mean() if mean else loss / dp_model._emitted.call.views]
+
+
+def _floats(dp_model: DPModule, outputs: Any) -> list[Tensor]:
+    flat = pytree.tree_leaves(outputs)
+    kinds = [o for o in dp_model._emitted.own if o.kind is OutputKind.USER]
+    if len(flat) != len(kinds):
+        raise _Incomparable("the model gives other outputs for one sample")
+    return [value for value, kind in zip(flat, kinds, strict=True) if isinstance(value, Tensor) and kind.wants_gradient]
+
+
+def _tangent(whole: Tensor, first: Tensor, second: Tensor, generator: torch.Generator) -> Tensor:
+    """A random gradient of an output of two samples; zero where it does not show which half is whose."""
+    if whole.dim() == 0:
+        return torch.ones_like(whole)
+    if _axis(whole, first) is None or first.shape != second.shape:
+        return torch.zeros_like(whole)
+    return torch.randn(whole.shape, generator=generator).to(whole)
+
+
+def _axis(whole: Tensor, one: Tensor) -> int | None:
+    """The dimension in which two samples are twice as large as one."""
+    if whole.dim() != one.dim():
+        return None
+    differ = [i for i, (a, b) in enumerate(zip(whole.shape, one.shape, strict=True)) if a != b]
+    return differ[0] if len(differ) == 1 and whole.shape[differ[0]] == 2 * one.shape[differ[0]] else None
+
+
+def _part(tangent: Tensor, one: Tensor, i: int) -> Tensor:
+    """What the gradient of both samples' output is for sample i."""
+    if tangent.dim() == 0:
+        return tangent
+    axis = _axis(tangent, one)
+    return torch.zeros_like(one) if axis is None else tangent.narrow(axis, i * one.shape[axis], one.shape[axis])
+
+
+def _emitted_norms(dp_model: DPModule, results: list[Tensor], tangents: list[Tensor]) -> Tensor:
+    """[B] norms that a backward of the emitted graph records. No gradient is accumulated."""
+    _gradients(dp_model, results, tangents)
+    return dp_model.per_sample_norms.double()
+
+
+def _autograd_norm(dp_model: DPModule, results: list[Tensor], tangents: list[Tensor]) -> Tensor:
+    found = _gradients(dp_model, results, tangents)
+    return torch.stack([g.double().square().sum() for g in found if g is not None]).sum().sqrt()
+
+
+def _gradients(dp_model: DPModule, results: list[Tensor], tangents: list[Tensor]) -> Sequence[Tensor | None]:
+    trainable = [p for p in dp_model.parameters() if p.requires_grad]
+    pairs = [(r, t) for r, t in zip(results, tangents, strict=True) if r.requires_grad]
+    if not pairs:
+        raise _Incomparable("no output depends on a trainable parameter")
+    roots, grads = zip(*pairs, strict=True)
+    return torch.autograd.grad(roots, trainable, grads, allow_unused=True, materialize_grads=True)
+
+
+@contextlib.contextmanager
+def _undone(dp_model: DPModule) -> Iterator[None]:
+    """In the modes that the model was captured in, with everything that a step changes put back behind it."""
+    flags = {module: module.training for module in (dp_model, *dp_model.module.modules())}
+    buffers = [(buffer, buffer.clone()) for buffer in dp_model.module.buffers()]
+    devices = sorted({p.device.index or 0 for p in dp_model.parameters() if p.device.type == "cuda"})
+    if not dp_model.module.training:
+        dp_model.module.train()
+    dp_model.training = True
+    try:
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        records.clear(dp_model._handle)
+
+
+def _facts(dp_model: DPModule) -> str:
+    call = dp_model._emitted.call
+    choices = ", ".join(f"{name}: {choice.method.value}" for name, choice in dp_model.plan.choices.items())
+    return (
+        f"the sample ({call.describe()}), torch {torch.__version__}, Python {platform.python_version()} and the "
+        f"choices ({choices})."
+    )

@@ -1,0 +1,248 @@
+"""The clipped contribution of a sample is at most R in floating point, whatever is tried against it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dpcompile import dpcompile
+from dpcompile.certified import dropped_norm, ghost_norm, kept_norm
+from dpcompile.forms import Form, OneHot, Outer, explicit, weighted_sum, weighted_sum_kept
+
+ALLOWED = 1 + 4 * torch.finfo(torch.float32).eps
+"""The stated bound, over R."""
+
+search = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+
+def norm_of(two_B: Tensor) -> Tensor:
+    """As the emitted graph joins square and error."""
+    square, error = two_B.unbind()
+    return ((square.sqrt() + error.sqrt()) * (1 + 8 * 2.0**-24)).float()
+
+
+def contribution(form: Form, norm_B: Tensor, *, bound: float, kept: bool = False) -> float:
+    """Norm, in float64, of what one sample adds to the clipped sum, over R."""
+    factor = (torch.tensor(bound, dtype=torch.float64) / norm_B).clamp(max=1.0)
+    finite = norm_B.isfinite()
+    factor = torch.where(finite, factor, 0).float()
+    made = weighted_sum_kept(explicit(form), factor, finite) if kept else weighted_sum(form, factor, finite)
+    return made.double().norm().item() / bound
+
+
+def ratios(form: Outer | OneHot, bound: float) -> dict[str, float]:
+    """The same by every way of computing the norm."""
+    grad = explicit(form)
+    return {
+        "ghost": contribution(form, norm_of(ghost_norm([form])), bound=bound),
+        "dropped": contribution(form, norm_of(dropped_norm([form], grad)), bound=bound),
+        "kept": contribution(form, norm_of(kept_norm(grad)), bound=bound, kept=True),
+    }
+
+
+# ------------------------------------------------------------------ sequences made to deceive
+
+
+def cancelling(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+    """Every position a second time with the other sign: the gradient is what rounding leaves."""
+    return torch.cat([rows, -rows]), torch.cat([cols, cols])
+
+
+def nearly_cancelling(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.cat([rows, -rows * (1 + 1e-6 * torch.rand(len(rows), 1))]), torch.cat([cols, cols])
+
+
+def alternating(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+    """One pair again and again, with alternating signs."""
+    signs = (-1.0) ** torch.arange(2 * len(rows))[:, None]
+    return signs * rows[:1], cols[:1].expand(2 * len(cols), -1)
+
+
+def swamped(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+    """A large number followed by many whose squares are lost against it one by one."""
+    small = 2.4e-4  # its square is just below half the distance from 1 to the next number
+    lost = [torch.full(values.shape, small) for values in (rows, cols)]
+    for values in lost:
+        values[:, 0] = 1
+    return lost[0], lost[1]
+
+
+def spread(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+    """Magnitudes from 1e-20 to 1e20, the products of all positions alike."""
+    scale = 10.0 ** (40 * torch.rand(len(rows), 1) - 20)
+    return rows * scale, cols / scale
+
+
+def large(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+    return rows * 1e20, cols
+
+
+def subnormal(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+    """The one factor below the least normal number, the other as large as it takes."""
+    return rows * 1e-39, cols * 1e38
+
+
+def lost_squares(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+    """Squares underflow on the one side and do not overflow on the other."""
+    return rows * 1e-23, cols * 1e18
+
+
+def plain(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+    return rows, cols
+
+
+TRICKS: tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], ...] = (
+    cancelling,
+    nearly_cancelling,
+    alternating,
+    swamped,
+    spread,
+    large,
+    subnormal,
+    lost_squares,
+    plain,
+)
+
+
+@search
+@given(
+    trick=st.sampled_from(TRICKS),
+    again=st.sampled_from(TRICKS),
+    length=st.sampled_from([1, 2, 3, 17, 64, 300, 2048]),
+    d=st.sampled_from([1, 2, 7, 64, 1500]),
+    p=st.sampled_from([1, 3, 32]),
+    seed=st.integers(0, 10**6),
+    bound=st.sampled_from([1e-12, 1e-3, 1.0, 1e6]),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
+)
+def test_no_sequence_contributes_more_than_its_share(
+    trick: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    again: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    length: int,
+    d: int,
+    p: int,
+    seed: int,
+    bound: float,
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(seed)
+    rows, cols = again(*trick(torch.randn(length, p), torch.randn(length, d)))
+    form = Outer(rows.to(dtype)[None, None], cols.to(dtype)[None, None], (p, d), (0,), (1,))
+    allowed = ALLOWED if dtype is torch.float32 else 1 + 2 * torch.finfo(dtype).eps  # the sum is written in bfloat16
+    assert max(ratios(form, bound).values()) <= allowed
+
+
+@search
+@given(
+    trick=st.sampled_from(TRICKS),
+    length=st.sampled_from([1, 2, 64, 1000]),
+    table=st.sampled_from([1, 2, 50]),
+    d=st.sampled_from([1, 7, 64]),
+    seed=st.integers(0, 10**6),
+)
+def test_no_look_ups_contribute_more_than_their_share(
+    trick: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], length: int, table: int, d: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    _, cols = trick(torch.randn(length, 1), torch.randn(length, d))
+    signs = (-1.0) ** torch.arange(len(cols))[:, None]
+    form = OneHot(torch.randint(table, (1, len(cols))), (signs * cols)[None], (table, d))
+    assert max(ratios(form, 1.0).values()) <= ALLOWED
+
+
+def test_a_plain_gram_is_deceived() -> None:
+    """The attack that the above defends against: the norm from Gram matrices alone lets a multiple of R through."""
+    torch.manual_seed(0)
+    rows, cols = nearly_cancelling(1e4 * torch.randn(64, 3), 1e4 * torch.randn(64, 64))
+    gram = ((rows @ rows.T) * (cols @ cols.T)).sum().clamp(min=0).sqrt().reshape(1)
+    form = Outer(rows[None, None], cols[None, None], (3, 64), (0,), (1,))
+    assert contribution(form, gram, bound=1.0) > 1.05
+    assert max(ratios(form, 1.0).values()) <= ALLOWED
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ascent_finds_no_way_over_the_bound(seed: int) -> None:
+    """Hill climbing on the realised norm over R, from sequences that cancel."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, cols = torch.randn(8, 2, generator=generator), torch.randn(8, 5, generator=generator)
+    rows, cols = torch.cat([rows, -rows]), torch.cat([cols, cols])
+    best = 0.0
+    for step in range(300):
+        size = 10.0 ** -(1 + step % 7)
+        moved = (
+            rows * (1 + size * torch.randn(rows.shape, generator=generator)),
+            cols * (1 + size * torch.randn(cols.shape, generator=generator)),
+        )
+        found = max(ratios(Outer(moved[0][None, None], moved[1][None, None], (2, 5), (0,), (1,)), 1e-3).values())
+        assert found <= ALLOWED
+        if found >= best:
+            best, (rows, cols) = found, moved
+    assert best > 0.9  # it was worth the climb: the bound is nearly reached
+
+
+class Sequences(nn.Module):
+    """A linear layer over positions; the loss decides every output gradient."""
+
+    def __init__(self, d: int, p: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(d, p)
+        self.scale = nn.Parameter(torch.ones(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x * self.scale)
+
+
+@pytest.mark.parametrize("method", ["ghost", "explicit", "auto"])
+@pytest.mark.parametrize("trick", TRICKS)
+def test_what_a_compiled_model_adds_for_one_sample_is_at_most_the_bound(
+    method: str, trick: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> None:
+    """The samples are long and made to cancel; weight 0 for all but one leaves what that one adds."""
+    torch.manual_seed(0)
+    made = [trick(torch.randn(32, 4), torch.randn(32, 24)) for _ in range(3)]
+    g_BTp, x_BTd = torch.stack([rows for rows, _ in made]), torch.stack([cols for _, cols in made])
+    dp_model = compiled(method, x_BTd)
+    for i in range(3):
+        dp_model.zero_grad()
+        loss = (dp_model(x_BTd, sample_weight=torch.eye(3)[i]) * g_BTp).sum()
+        loss.backward()
+        grads = [p.grad.double().flatten() for p in dp_model.parameters() if p.grad is not None]
+        assert torch.cat(grads).norm().item() <= 1e-3 * ALLOWED
+
+
+MODELS: dict[tuple[str, int], nn.Module] = {}
+
+
+def compiled(method: str, x: Tensor) -> nn.Module:
+    key = (method, x.shape[1])
+    if key not in MODELS:
+        MODELS[key] = dpcompile(Sequences(24, 4), x, norm_method=method, max_grad_norm=1e-3, loss_reduction="sum")
+    return MODELS[key]
+
+
+@pytest.mark.parametrize(("length", "most"), [(16, 1e-4), (128, 1e-3), (1024, 1e-2)])
+def test_ordinary_data_is_hardly_clipped_more(length: int, most: float) -> None:
+    torch.manual_seed(0)
+    rows, cols = torch.randn(1, 1, length, 512), torch.randn(1, 1, length, 512) + 0.5  # activations have a mean
+    form = Outer(rows, cols, (512, 512), (0,), (1,))
+    exact = explicit(Outer(rows.double(), cols.double(), (512, 512), (0,), (1,)))
+    truth = exact.norm().item()
+    for found in (norm_of(ghost_norm([form])), norm_of(dropped_norm([form], exact.float()))):
+        assert 1 <= found.item() / truth <= 1 + most
+    assert norm_of(kept_norm(exact.float())).item() / truth <= 1 + 4e-6
+
+
+def test_a_sum_in_float32_alone_would_lose_small_squares() -> None:
+    """One 1 and 2^20 numbers whose squares vanish against it; in float32, one after the other, their sum stays 1."""
+    grad = torch.full((1, 2**20), 2.4e-4)
+    grad[0, 0] = 1
+    truth = grad.double().norm().item()
+    assert truth > 1.02
+    assert math.isclose(norm_of(kept_norm(grad)).item(), truth, rel_tol=4e-6)
+    assert norm_of(kept_norm(grad)).item() >= truth
