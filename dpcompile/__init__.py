@@ -10,6 +10,7 @@ from dpcompile.errors import (
     NoRuleError,
     PrivacyError,
 )
+from dpcompile.fix import fix
 from dpcompile.optimizer import AdamBC
 from dpcompile.plan import Plan
 from dpcompile.private import Private, make_private
@@ -35,5 +36,6 @@ __all__ = [
     "__version__",
     "check_loss",
     "dpcompile",
+    "fix",
     "make_private",
 ]

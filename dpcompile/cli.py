@@ -8,6 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -17,12 +18,14 @@ import typer
 from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dpcompile.api import Analysis, analyse
+from dpcompile.api import Analysis, Proof, prove
 from dpcompile.calls import bind_sample
 from dpcompile.cli_privacy import register
 from dpcompile.device import spec_for
 from dpcompile.drawing import flow_of, uses_of, write_svg
 from dpcompile.errors import CaptureError, DPCompileError
+from dpcompile.explain import chains_text, proof_text
+from dpcompile.fix import fix
 from dpcompile.report import plan_dict, plan_text, symbolic_text
 from dpcompile.rules.sites.fallback import Fallback
 from dpcompile.specs import TargetError
@@ -97,14 +100,31 @@ def check(
     batch: BatchOption = None,
     seq: SeqOption = None,
     settings: SetOption = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="print the proof: the batch in every module, the way to every offender")
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--fix", help="check the model as dpcompile.fix changes it, and print the changes")
+    ] = False,
 ) -> None:
     """Say whether a model is supported. If not: every reason with module, op, line and cure, and exit code 1."""
     with _told():
         loaded = load_target(target, inputs or (), batch=batch, seq=seq, settings=settings or ())
+        proof: Proof | None = None
         try:
-            uses = _analysed(loaded).uses
+            if repair:
+                model, changes = fix(loaded.model)
+                loaded = replace(loaded, model=model)
+                _say("\n".join(map(str, changes)) or "nothing to fix")
+            proof = _proven(loaded)
+            if explain:
+                _say(f"{proof_text(proof.program, proof.tracked)}\n")
+            uses = proof.conclude().uses
         except DPCompileError as error:
             _say(f"not supported: {type(loaded.model).__name__}\n{error}")
+            findings = getattr(error, "findings", ())
+            if explain and proof is not None and findings:
+                _say(f"\n{chains_text(proof.program, proof.tracked, findings)}")
             raise typer.Exit(REFUSED) from None
         rules = sorted({site.rule for site in uses.sites})
         slow = [site for site in uses.sites if site.rule == Fallback.name]
@@ -165,13 +185,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _analysed(target: Target) -> Analysis:
-    """The analysis; a sample that the model itself does not take is a bad argument, not a fault of the model."""
+    return _proven(target).conclude()
+
+
+def _proven(target: Target) -> Proof:
+    """The proof; a sample that the model itself does not take is a bad argument, not a fault of the model."""
     try:
         bind_sample(target.model, target.sample_input, None)
     except CaptureError as error:
         raise TargetError(str(error)) from error
     try:
-        return analyse(target.model, target.sample_input)
+        return prove(target.model, target.sample_input)
     except CaptureError as error:
         reason = misfit(target)
         if reason is None:
