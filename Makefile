@@ -5,13 +5,16 @@ INSTALLED := .venv/.installed
 export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test fuzz lint types bench clean
 
 demo: $(INSTALLED)  ## set up, then train a small network with clipped gradients
 	$(BIN)/python examples/quickstart.py
 
 test: $(INSTALLED)  ## set up, then run the tests on two processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+fuzz: $(INSTALLED)  ## random models against one sample at a time; MINUTES=30 SEED=0 JOBS=2
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --minutes $(or $(MINUTES),10) --from $(or $(SEED),0) --jobs $(or $(JOBS),1) $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
