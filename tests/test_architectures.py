@@ -1,0 +1,70 @@
+"""Hugging Face architectures, each against one sample at a time, or refused with a reason that says what to do."""
+
+from __future__ import annotations
+
+import pytest
+from architecture_page import HEAD, PAGE, refused_row, row_of
+from architectures import ARCHITECTURES, REFUSED
+from oracle import check_against_oracle, splitting_norm
+from zoo import SAMPLE_BATCH, Case
+
+from dpcompile import DPModule
+from dpcompile.api import Analysis, analyse
+from dpcompile.errors import DPCompileError
+
+# Run by default: the cheapest of every kind that the zoo has not. All others with -m slow.
+QUICK = (
+    *("opt", "bloom", "distilbert", "modernbert", "fnet", "deit", "convnext", "wav2vec2", "mamba"),
+    *("mixtral", "clip_vision"),
+)
+QUICKLY_REFUSED = ("resnet", "clip", "bart_layerdrop")
+METHODS = {"auto": (SAMPLE_BATCH, 1), "ghost": (SAMPLE_BATCH, SAMPLE_BATCH + 1), "explicit": (SAMPLE_BATCH, 1)}
+
+EXACT = [name for name in ARCHITECTURES if name not in REFUSED]
+
+
+def check(case: Case, analysis: Analysis, method: str, *batch_sizes: int) -> None:
+    bound = splitting_norm(case, SAMPLE_BATCH)
+    dp_model = DPModule(case.model, analysis.emit(analysis.plan(method), mean=True))
+    dp_model.max_grad_norm = bound
+    for batch_size in batch_sizes:
+        check_against_oracle(case, dp_model, batch_size, max_grad_norm=bound)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_some_architectures_equal_one_sample_at_a_time(name: str) -> None:
+    case = ARCHITECTURES[name]()
+    check(case, analyse(case.model, case.sample_input), "auto", SAMPLE_BATCH + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXACT)
+def test_every_architecture_equals_one_sample_at_a_time(name: str, subtests: pytest.Subtests) -> None:
+    """In every norm method, at the sample's batch size and another one; and the page says of it what is so."""
+    case = ARCHITECTURES[name]()
+    analysis = analyse(case.model, case.sample_input)
+    for method, batch_sizes in METHODS.items():
+        with subtests.test(method=method):
+            check(case, analysis, method, *batch_sizes)
+    with subtests.test(PAGE.name):
+        assert row_of(case, analysis) in PAGE.read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICKLY_REFUSED else pytest.mark.slow) for name in REFUSED]
+)
+def test_a_refusal_says_why_and_what_to_do(name: str) -> None:
+    case = ARCHITECTURES[name]()
+    with pytest.raises(DPCompileError) as caught:
+        analyse(case.model, case.sample_input)
+    for text in REFUSED[name]:
+        assert text in str(caught.value)
+    assert refused_row(case, caught.value) in PAGE.read_text().splitlines()
+
+
+def test_the_page_has_a_line_for_each_architecture() -> None:
+    page = PAGE.read_text()
+    assert page.startswith(HEAD)
+    assert [line.split(" ")[1] for line in page.removeprefix(HEAD).splitlines()] == EXACT + [
+        name for name in ARCHITECTURES if name in REFUSED
+    ]
