@@ -28,8 +28,8 @@ Written by `python tests/architecture_page.py` (torch {torch.__version__.partiti
 Tiny configs of Hugging Face models with random weights (`tests/architectures.py`). *Exact*: norms and clipped
 gradients equal those of one sample at a time in float64 to 1e-4, at the batch size of the sample and at others (`pytest
 tests/test_architectures.py` for some, with `-m slow` for all, there also with ghost and with explicit norms).
-*Refused*: an error says why, where and what to do; nothing is trained wrongly. `_frozen`: batch norms in eval mode. Mixtures of experts are exact with
-`experts_implementation="batched_mm"`.
+*Refused*: an error says why, where and what to do; nothing is trained wrongly. `_frozen`: batch norms in eval mode.
+Mixtures of experts are exact with `experts_implementation="batched_mm"`.
 
 Ops: aten ops that capture gives. Sites: uses of parameters by the form of their per-sample gradient; a fallback is the
 vmap of an op's own vjp.
