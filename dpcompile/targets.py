@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from dpcompile.huggingface import build_hf, sample_specs
@@ -66,6 +67,9 @@ def weightless(model: nn.Module) -> nn.Module:
 
     Fake tensors on the CPU rather than meta tensors: the forward may make constants of its own on the CPU.
     """
+    lazy = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if is_lazy(value)]
+    if lazy:
+        raise TargetError(f"{', '.join(lazy)} not initialised yet. Run the model once in the function that builds it.")
     made: dict[int, torch.Tensor] = {}
     fake = without_memory()
     for module in model.modules():

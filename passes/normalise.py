@@ -154,8 +154,10 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
     affine = [arguments[name] for name in ("weight", "bias") if name in arguments]
     if (affine and not any(map(is_tensor, affine))) or arguments.get("training"):
         return
-    if node.target is aten.instance_norm.default and not arguments["use_input_stats"]:
-        return
+    if node.target is aten.instance_norm.default and (
+        not arguments["use_input_stats"] or is_tensor(arguments["running_mean"])
+    ):
+        return  # statistics of its own: track-batch tells whether they may be
     if fn is _embedding_bag and _bag_size(arguments) is None:
         return
     inputs = [arguments[name] for name in names if is_tensor(arguments.get(name))]

@@ -13,7 +13,7 @@ from dpcompile.api import Analysis, analyse
 from dpcompile.errors import DPCompileError
 
 # Run by default: the cheapest of every kind that the zoo has not. All others with -m slow.
-QUICK = ("bloom", "modernbert", "convnext", "wav2vec2", "mamba", "mixtral")
+QUICK = ("bloom", "modernbert", "convnext", "wav2vec2")
 QUICKLY_REFUSED = ("resnet", "clip", "bart_layerdrop")
 METHODS = {"auto": (SAMPLE_BATCH, 1), "ghost": (SAMPLE_BATCH, SAMPLE_BATCH + 1), "explicit": (SAMPLE_BATCH, 1)}
 

@@ -235,7 +235,7 @@ def test_ordinary_data_is_hardly_clipped_more(length: int, most: float) -> None:
     truth = exact.norm().item()
     for found in (norm_of(ghost_norm([form])), norm_of(dropped_norm([form], exact.float()))):
         assert 1 <= found.item() / truth <= 1 + most
-    assert norm_of(kept_norm(exact.float())).item() / truth <= 1 + 4e-6
+    assert norm_of(kept_norm(exact.float())).item() / truth <= 1 + 6e-6
 
 
 def test_a_sum_in_float32_alone_would_lose_small_squares() -> None:
@@ -244,5 +244,5 @@ def test_a_sum_in_float32_alone_would_lose_small_squares() -> None:
     grad[0, 0] = 1
     truth = grad.double().norm().item()
     assert truth > 1.02
-    assert math.isclose(norm_of(kept_norm(grad)).item(), truth, rel_tol=4e-6)
+    assert math.isclose(norm_of(kept_norm(grad)).item(), truth, rel_tol=6e-6)
     assert norm_of(kept_norm(grad)).item() >= truth

@@ -45,6 +45,10 @@ def with_sample():
 def no_model():
     return 3
 
+def lazy():
+    return nn.Sequential(nn.Linear(2, 2), nn.LazyBatchNorm1d()), torch.randn(2, 2)
+
+
 def broken():
     raise RuntimeError("out of order")
 """
@@ -150,6 +154,7 @@ def test_graph_draws_svg(part: str, tmp_path: Path) -> None:
         (["report", "no_such_file.py:f"], "there is no file"),
         (["report", "MODELS:nothing"], "has no 'nothing'"),
         (["report", "MODELS:no_model"], "returned int"),
+        (["report", "MODELS:lazy"], "1.weight, 1.bias, 1.running_mean, 1.running_var not initialised yet"),
         (["report", "MODELS:broken"], "raised RuntimeError: out of order"),
         (["report", "MODELS:resnet"], "give one with --input"),
         (["check", "MODELS:resnet", "--input", "float32[2,5,8,8]"], "does not take this sample"),

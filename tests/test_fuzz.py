@@ -1,4 +1,4 @@
-"""Small random models: sixty by default, two hundred with -m slow; `make fuzz` goes on from there."""
+"""Small random models: forty by default, two hundred with -m slow; `make fuzz` goes on from there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dpcompile.rules.sites.contraction import Contraction
 TOGETHER = 10  # models compiled as one: it is compilation that takes the time
 
 
-in_tens = [pytest.param(first, marks=() if first < 60 else pytest.mark.slow) for first in range(0, 200, TOGETHER)]
+in_tens = [pytest.param(first, marks=() if first < 40 else pytest.mark.slow) for first in range(0, 200, TOGETHER)]
 
 
 @pytest.mark.parametrize("first", in_tens)

@@ -9,6 +9,9 @@ import torch
 from layers import Apply, check_module
 from torch import Tensor, nn
 
+from dpcompile import dpcompile
+from dpcompile.errors import BatchMixingError
+
 IDS = torch.tensor([[0, 1, 2], [2, 3, 4], [4, 4, 1], [0, 0, 0]])
 
 
@@ -60,3 +63,10 @@ def test_a_product_of_two_matrices_and_an_activation() -> None:
         Apply(lambda m, x: torch.einsum("ij,jk,bi->bk", m.v, m.w, x), v=(6, 3), w=(3, 2)), torch.randn(4, 6)
     )
     assert set(found.rules.values()) == {"contraction"}
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_instance_norm_with_running_statistics_is_refused(affine: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=affine, track_running_stats=True))
+    with pytest.raises(BatchMixingError, match="track_running_stats=False"):
+        dpcompile(model, torch.randn(2, 3, 8, 8))

@@ -240,7 +240,7 @@ def test_inner_of_many_dimensions() -> None:
     assert set(found.rules.values()) == {"contraction"}
 
 
-def test_product_of_a_folded_batch_by_the_fallback() -> None:
+def test_product_of_three_with_a_folded_batch() -> None:
     """Rows of the batch that are folded with positions stay together in a sample's own gradient."""
 
     def run(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -248,4 +248,4 @@ def test_product_of_a_folded_batch_by_the_fallback() -> None:
         return torch.einsum("bi,ijk,bk->bj", rows, m.w, rows.sin()).unflatten(0, (T, -1)).transpose(0, 1)
 
     found = check_module(Apply(run, w=(D, P, D)), torch.randn(3, T, D))
-    assert set(found.rules.values()) == {"fallback"}
+    assert set(found.rules.values()) == {"contraction"}
