@@ -13,6 +13,7 @@ from torch import nn
 from dpcompile.calls import CallSpec, bind_sample, sample_values
 from dpcompile.clipping import Clipping, clipping_of
 from dpcompile.device import DeviceSpec, spec_for
+from dpcompile.emitted import Emitted
 from dpcompile.errors import CaptureError, DPCompileError
 from dpcompile.ir import Backward, Draft, OutputKind, Program, Tracked, Uses
 from dpcompile.passes.capture import Captured, capture
@@ -32,7 +33,7 @@ from dpcompile.passes.tidy import tidy
 from dpcompile.passes.trace_backward import loss_scale, trace_backward
 from dpcompile.passes.track_batch import track_batch
 from dpcompile.plan import Plan
-from dpcompile.runtime import NONFINITE, DPModule, Emitted
+from dpcompile.runtime import NONFINITE, DPModule
 from dpcompile.validate import check_norms
 from dpcompile.verify import verify
 
@@ -106,7 +107,7 @@ def dpcompile(
     _check_parameters(model)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     clip = clipping_of(trainable, max_grad_norm, clipping, clip_groups)
-    analysis = analyse(
+    analysis = prove(
         model,
         sample_input,
         batched=batched,
@@ -114,7 +115,7 @@ def dpcompile(
         sample_targets=sample_targets,
         loss_reduction=loss_reduction,
         views=views,
-    )
+    ).conclude()
     plan = analysis.plan(norm_method, clipping=clip)
     dp_model = DPModule(model, analysis.emit(plan, clip, mean=loss_reduction == "mean"), nonfinite)
     if validate == "probe":
@@ -207,29 +208,6 @@ class Proof:
         backward = trace_backward(program, tracked, uses, loss=self.fused)
         verify(backward.program, "trace-backward")
         return Analysis(self.call, self.captured, program, tracked, uses, backward, self.fused, self.trainable)
-
-
-def analyse(
-    model: nn.Module,
-    sample_input: Any,
-    *,
-    batched: Any = None,
-    loss_fn: Callable[..., torch.Tensor] | None = None,
-    sample_targets: Any = None,
-    loss_reduction: str = "mean",
-    views: int = 1,
-) -> Analysis:
-    """Capture, proof, uses and backward of a model. The model's training flags are left as they were."""
-    proof = prove(
-        model,
-        sample_input,
-        batched=batched,
-        loss_fn=loss_fn,
-        sample_targets=sample_targets,
-        loss_reduction=loss_reduction,
-        views=views,
-    )
-    return proof.conclude()
 
 
 def prove(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import types
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,74 +14,10 @@ from torch.utils import _pytree as pytree
 from dpcompile import records
 from dpcompile.calls import TARGETS, CallSpec
 from dpcompile.clipping import Clipping, total_bound
+from dpcompile.emitted import Emitted, FusedFunction, PrivateFunction, without_autocast
 from dpcompile.errors import DPCompileError, PrivacyError
-from dpcompile.ir import InputKind, Output, OutputKind, Program
+from dpcompile.ir import InputKind, OutputKind, Program
 from dpcompile.plan import Plan
-from dpcompile.torch_internals import boxed
-
-
-@dataclass(frozen=True)
-class Emitted:
-    """The emitted graphs. Split form: forward and backward. Fused form: `forward` is the whole step.
-
-    Positions of results are worked out once, here, so that a call only indexes.
-    """
-
-    forward: Program
-    backward: Program | None
-    saved: int  # how many results of `forward`, the last ones, go to the backward
-    call: CallSpec
-    out_spec: pytree.TreeSpec
-    plan: Plan
-    clipping: Clipping
-    mean: bool  # the loss is a mean over samples
-    trainable: tuple[str, ...]  # qualified names of the parameters that were trainable at compile time
-    drop_tangents: Callable[[Program, Sequence[str]], Program | None]  # the backward without gradients of some outputs
-
-    own: tuple[Output, ...] = field(init=False)  # the model's own results: outputs and new buffer values, in order
-    fixed: tuple[int, ...] = field(init=False)  # those of them that no gradient flows into
-    tangents: tuple[int, ...] = field(init=False)  # those whose gradients the backward reads; fused: the loss
-    gradients: tuple[int | None, ...] = field(init=False)  # for each input of `forward`, which gradient is its own
-    boxed_backward: Callable[[list[Any]], Any] | None = field(init=False, compare=False, repr=False)
-    shorter: dict[tuple[int, ...], Callable[[list[Any]], Any] | None] = field(init=False, compare=False, repr=False)
-    """The same without the gradients of some outputs, made where a loss first leaves them out."""
-
-    def __post_init__(self) -> None:
-        own = tuple(o for o in self.forward.outputs if o.kind in (OutputKind.USER, OutputKind.BUFFER))
-        made = (self.backward or self.forward).outputs
-        places = {o.target: i for i, o in enumerate(o for o in made if o.kind is OutputKind.GRADIENT)}
-        derived = {
-            "own": own,
-            "fixed": tuple(i for i, o in enumerate(own) if o.node is not None and not o.wants_gradient),
-            "tangents": tuple(i for i, o in enumerate(own) if o.kind is OutputKind.USER)
-            if self.backward is None
-            else tuple(int(i.target) for i in self.backward.inputs if i.kind is InputKind.TANGENT),
-            "gradients": tuple(
-                places.get(i.target) if i.kind is InputKind.PARAMETER and i.trainable else None
-                for i in self.forward.inputs
-                if i.kind is not InputKind.BOUND
-            ),
-            "shorter": {},
-            "boxed_backward": None if self.backward is None else boxed(self.backward.module),
-        }
-        for name, value in derived.items():
-            object.__setattr__(self, name, value)
-
-    def backward_without(self, missing: tuple[int, ...]) -> Callable[[list[Any]], Any] | None:
-        """The backward for a loss that leaves these outputs out; None if it needs zeros for them."""
-        if missing not in self.shorter:
-            assert self.backward is not None
-            made = self.drop_tangents(self.backward, [str(i) for i in missing])
-            self.shorter[missing] = None if made is None else boxed(made.module)
-        return self.shorter[missing]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Emitted:
-        """Nothing in here changes, and no parameter is in here: copies of a module share it."""
-        return self
-
-    def __reduce__(self) -> Any:
-        return Emitted, tuple(getattr(self, f.name) for f in fields(self) if f.init)
-
 
 NONFINITE = ("zero", "raise")  # what becomes of a sample whose gradient is not finite
 WEIGHT = "sample_weight"  # an extra keyword of the call, unless the model's own forward has it
@@ -93,6 +29,20 @@ class DPModule(nn.Module):
     Shares the parameters and buffers of `model`: an optimizer, `state_dict()` and `to()` see the model's own.
     In eval mode, or without gradients, it is the model itself.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> DPModule:
+        """A module of a class of its own, whose `forward` is a copy with a code object of its own.
+
+        torch.compile keeps at most `recompile_limit` graphs for one code object: were it shared, the ninth module
+        compiled in a process would be refused or run uncompiled.
+        """
+        code = DPModule.forward.__code__.replace()
+        forward = types.FunctionType(code, globals(), "forward", DPModule.forward.__defaults__)
+        own = type("DPModule", (cls,), {"forward": forward, "__module__": __name__})
+        return super().__new__(own)  # pyright: ignore[reportArgumentType]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _bare, (), self.__getstate__()
 
     def __init__(self, model: nn.Module, emitted: Emitted, nonfinite: str = "zero") -> None:
         super().__init__()
@@ -216,7 +166,7 @@ class DPModule(nn.Module):
         size = self._emitted.call.batch_size_of(leaves)
         padded = _pad_empty(self._emitted.call, leaves) if size == 0 else leaves
         weight = self._weight_of(weight, size, padded)
-        with torch.autocast(self._emitted.call.device.type, enabled=False):
+        with without_autocast(self._emitted):
             if self._emitted.backward is None:
                 return self._fused(padded, weight, empty=size == 0)
             return self._split(padded, weight, empty=size == 0)
@@ -233,7 +183,7 @@ class DPModule(nn.Module):
         emitted = self._emitted
         assert emitted.backward is not None
         primals = self._primals(emitted.forward, emitted.call.as_samples(leaves))
-        flat = _PrivateFunction.apply(
+        flat = PrivateFunction.apply(
             emitted, self._bound_tensor(primals), weight, ~self._handle if empty else self._handle, *primals
         )
         flat = self._write_buffers(flat)
@@ -245,7 +195,7 @@ class DPModule(nn.Module):
         emitted = self._emitted
         primals = self._primals(emitted.forward, emitted.call.as_samples(leaves))
         handle = ~self._handle if empty else self._handle
-        flat = _FusedFunction.apply(emitted, self._bound_tensor(primals), weight, handle, *primals)
+        flat = FusedFunction.apply(emitted, self._bound_tensor(primals), weight, handle, *primals)
         *flat, norms = flat
         records.HAND_OVER(norms, self._times, handle)
         (loss,) = self._write_buffers(flat)
@@ -353,6 +303,11 @@ class DPModule(nn.Module):
         return f"DPModule(max_grad_norm={self.max_grad_norm:g}, {self.module!r})"
 
 
+def _bare() -> DPModule:
+    """What a copy or a pickle fills with its state."""
+    return DPModule.__new__(DPModule)
+
+
 def _changed_message(then: tuple[str, ...], now: tuple[str, ...], replaced: list[str]) -> str:
     frozen = [name for name in then if name not in now]
     added = [name for name in now if name not in then]
@@ -385,85 +340,3 @@ def _pad_empty(call: CallSpec, leaves: list[Any]) -> list[Any]:
             shape[leaf.batch_dim] = call.views
             padded.append(value.new_zeros(shape))
     return padded
-
-
-class _PrivateFunction(torch.autograd.Function):
-    """The split form: the emitted forward, and behind it the emitted backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, emitted: Emitted, bound: torch.Tensor, weight: torch.Tensor, handle: int, *primals: Any
-    ) -> Any:
-        results = emitted.forward.module.forward(*primals)
-        count = len(results) - emitted.saved
-        ctx.emitted, ctx.handle = emitted, handle
-        ctx.save_for_backward(bound, weight, *results[count:])
-        ctx.mark_non_differentiable(*[results[i] for i in emitted.fixed])
-        if not torch.compiler.is_compiling():
-            ctx.set_materialize_grads(False)
-            ctx.own = [(results[i].shape, results[i].dtype, results[i].device) for i in emitted.tangents]
-        return tuple(results[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        with torch.autocast(ctx.emitted.call.device.type, enabled=False):  # the caller's loss may stand within one
-            return _PrivateFunction._backward(ctx, grads)
-
-    @staticmethod
-    def _backward(ctx: Any, grads: tuple[Any, ...]) -> Any:
-        emitted = ctx.emitted
-        if torch.compiler.is_compiling():
-            tangents = [grads[i].contiguous() for i in emitted.tangents]
-            bound, weight, *saved = ctx.saved_tensors
-            results = emitted.backward.module.forward(*saved, *tangents, bound, weight, ctx.handle)
-        else:
-            run = emitted.boxed_backward
-            missing = tuple(i for i in emitted.tangents if grads[i] is None)
-            tangents = [None if grads[i] is None else grads[i].contiguous() for i in emitted.tangents]
-            if missing:
-                run = emitted.backward_without(missing)
-                if run is None:
-                    run = emitted.boxed_backward
-                    empty = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.own]
-                    tangents = [e if t is None else t for t, e in zip(tangents, empty, strict=True)]
-            bound, weight, *saved = ctx.saved_tensors
-            ctx.maybe_clear_saved_tensors()  # from here on the graph alone holds them, and lets go after the last use
-            boxed = [*saved, *tangents, bound, weight, ctx.handle]
-            del saved, tangents, grads
-            results = run(boxed)
-        if ctx.handle < 0:  # an empty batch: its stand-in sample may have a gradient that is not finite
-            results = [None if value is None else torch.zeros_like(value) for value in results]
-        gradients = [None if at is None else results[at] for at in emitted.gradients]
-        if not torch.compiler.is_compiling():
-            records.hand(ctx.handle, gradients)
-        return (None, None, None, None, *gradients)
-
-
-class _FusedFunction(torch.autograd.Function):
-    """The fused form: gradients are results of the forward; the backward hands them over."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, emitted: Emitted, bound: torch.Tensor, weight: torch.Tensor, handle: int, *primals: Any
-    ) -> Any:
-        results = emitted.forward.module.forward(*primals, bound, weight)
-        count = len(results) - emitted.saved  # the model's own results; then gradients and norms
-        *gradients, norms = results[count:]
-        ctx.emitted, ctx.handle = emitted, handle
-        ctx.save_for_backward(*gradients)
-        own = [value * 0 for value in results[:count]] if handle < 0 else results[:count]
-        ctx.mark_non_differentiable(norms, *[own[i] for i in emitted.fixed])
-        return (*own, norms)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        scale = grads[ctx.emitted.tangents[0]]
-        gradients = ctx.saved_tensors
-        if ctx.handle < 0:
-            gradients = [torch.zeros_like(g) for g in gradients]
-        elif torch.compiler.is_compiling() or scale.device.type != "cpu" or scale.item() != 1.0:
-            gradients = [g * scale for g in gradients]
-        handed = [None if at is None else gradients[at] for at in ctx.emitted.gradients]
-        if not torch.compiler.is_compiling():
-            records.hand(ctx.handle, handed)
-        return (None, None, None, None, *handed)

@@ -14,7 +14,7 @@ import transformers
 from architectures import ARCHITECTURES, REFUSED
 from zoo import Case
 
-from dpcompile.api import Analysis, analyse
+from dpcompile.api import Analysis, prove
 from dpcompile.errors import DPCompileError
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
@@ -63,7 +63,7 @@ def refused_row(case: Case, error: DPCompileError) -> str:
 def found(case: Case) -> str:
     """The line of a model, whichever it is."""
     try:
-        return row_of(case, analyse(case.model, case.sample_input))
+        return row_of(case, prove(case.model, case.sample_input).conclude())
     except DPCompileError as error:
         return refused_row(case, error)
 

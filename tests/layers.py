@@ -13,11 +13,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from zoo import Inputs, call
 
-from dpcompile.api import Analysis, analyse
+from dpcompile.api import Analysis, prove
+from dpcompile.emitted import Emitted
 from dpcompile.ir import Program
 from dpcompile.passes.choose_norms import choose_norms
 from dpcompile.plan import Choice, Method, Plan
-from dpcompile.runtime import DPModule, Emitted
+from dpcompile.runtime import DPModule
 
 RTOL = 1e-8
 BATCH_SIZES = (3, 1, 4, 0)
@@ -85,7 +86,7 @@ def compile_all(
     methods: tuple[str, ...] = METHODS,
 ) -> Compiled:
     """The module analysed once and emitted for every norm method (or for those named)."""
-    analysis = analyse(module, sample, batched=batched, loss_reduction=reduction)
+    analysis = prove(module, sample, batched=batched, loss_reduction=reduction).conclude()
     made: dict[tuple[Method, ...], Emitted] = {}
     emitted: dict[str, Emitted] = {}
     for name, plan in _plans(analysis).items():

@@ -189,6 +189,17 @@ def test_copies_train_alike_and_apart(dp_model: DPModule, way: str) -> None:
     assert twin.per_sample_norms.shape == (2,)
 
 
+def test_any_number_of_modules_is_compiled_by_torch_in_one_process(dp_model: DPModule) -> None:
+    x, y = batch()
+    expected = step(dp_model, x, y)
+    for _ in range(torch._dynamo.config.recompile_limit + 1):
+        twin = copy.deepcopy(dp_model)
+        twin.zero_grad()
+        compiled = torch.compile(twin, backend="eager", fullgraph=True)
+        for actual, want in zip(step(compiled, x, y), expected, strict=True):
+            torch.testing.assert_close(actual, want)
+
+
 def test_attributes_of_the_model_are_there(dp_model: DPModule) -> None:
     assert isinstance(dp_model.second, nn.Linear)
     with pytest.raises(AttributeError, match="nothing_of_that_name"):

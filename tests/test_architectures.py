@@ -9,7 +9,7 @@ from oracle import check_against_oracle, splitting_norm
 from zoo import SAMPLE_BATCH, Case
 
 from dpcompile import DPModule
-from dpcompile.api import Analysis, analyse
+from dpcompile.api import Analysis, prove
 from dpcompile.errors import DPCompileError
 
 # Run by default: the cheapest of every kind that the zoo has not. All others with -m slow.
@@ -31,7 +31,7 @@ def check(case: Case, analysis: Analysis, method: str, *batch_sizes: int) -> Non
 @pytest.mark.parametrize("name", QUICK)
 def test_some_architectures_equal_one_sample_at_a_time(name: str) -> None:
     case = ARCHITECTURES[name]()
-    check(case, analyse(case.model, case.sample_input), "auto", SAMPLE_BATCH + 1)
+    check(case, prove(case.model, case.sample_input).conclude(), "auto", SAMPLE_BATCH + 1)
 
 
 @pytest.mark.slow
@@ -39,7 +39,7 @@ def test_some_architectures_equal_one_sample_at_a_time(name: str) -> None:
 def test_every_architecture_equals_one_sample_at_a_time(name: str, subtests: pytest.Subtests) -> None:
     """In every norm method, at the sample's batch size and another one; and the page says of it what is so."""
     case = ARCHITECTURES[name]()
-    analysis = analyse(case.model, case.sample_input)
+    analysis = prove(case.model, case.sample_input).conclude()
     for method, batch_sizes in METHODS.items():
         with subtests.test(method=method):
             check(case, analysis, method, *batch_sizes)
@@ -53,7 +53,7 @@ def test_every_architecture_equals_one_sample_at_a_time(name: str, subtests: pyt
 def test_a_refusal_says_why_and_what_to_do(name: str) -> None:
     case = ARCHITECTURES[name]()
     with pytest.raises(DPCompileError) as caught:
-        analyse(case.model, case.sample_input)
+        prove(case.model, case.sample_input).conclude()
     for text in REFUSED[name]:
         assert text in str(caught.value)
     assert refused_row(case, caught.value) in PAGE.read_text().splitlines()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zoo import CASES, SAMPLE_BATCH, Case, call
 
 from dpcompile import CaptureError, DPModule, dpcompile
-from dpcompile.api import Analysis, analyse
+from dpcompile.api import Analysis, prove
 from dpcompile.clipping import FUNCTIONS, STABILITY, clipping_of, total_bound
 from dpcompile.shapes import B
 
@@ -82,7 +82,7 @@ GROUPS: dict[str, object] = {
 @pytest.fixture(scope="module")
 def analysed() -> tuple[Case, Analysis]:
     net = case()
-    return net, analyse(net.model, net.sample_input)
+    return net, prove(net.model, net.sample_input).conclude()
 
 
 COMBINATIONS = [(function, "flat", method) for function in FUNCTIONS for method in ("ghost", "explicit")] + [

@@ -42,12 +42,12 @@ def test_cnn_trains_privately(capsys: pytest.CaptureFixture[str], tmp_path: Path
 def test_every_model_of_cnn_is_captured_and_gives_logits_of_every_image(model: str, size: int) -> None:
     import torch
 
-    from dpcompile.api import analyse
+    from dpcompile.api import prove
 
     made = example("cnn").MODELS[model](3, size, 4)
     images = torch.zeros(2, 3, size, size)
     assert made(images).shape == (2, 10)
-    assert not analyse(made, images).uses.unused
+    assert not prove(made, images).conclude().uses.unused
 
 
 def test_cifar10_without_torchvision_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

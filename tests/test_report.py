@@ -12,7 +12,7 @@ import torch
 from expecttest import TestCase
 from torch import nn
 
-from dpcompile.api import analyse
+from dpcompile.api import prove
 from dpcompile.device import DeviceSpec
 from dpcompile.plan import Plan
 from dpcompile.report import WIDTH, human, plan_dict, plan_text, shorten, symbolic_text
@@ -51,7 +51,7 @@ class Tied(nn.Module):
 
 
 def plan_of(model: nn.Module, sample: torch.Tensor, policy: str = "auto", batch_size: int = 16) -> Plan:
-    return analyse(model, sample).plan(policy, device=DEVICE, batch_size=batch_size)
+    return prove(model, sample).conclude().plan(policy, device=DEVICE, batch_size=batch_size)
 
 
 def tied_plan(policy: str = "auto") -> Plan:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dpcompile import DPCompileError
-from dpcompile.api import analyse
+from dpcompile.api import prove
 from dpcompile.ir import Output, OutputKind, Program
 from dpcompile.verify import verify
 
@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 @pytest.fixture
 def program() -> Program:
-    return analyse(nn.Linear(4, 3), torch.randn(2, 4)).program
+    return prove(nn.Linear(4, 3), torch.randn(2, 4)).conclude().program
 
 
 def linear(program: Program) -> torch.fx.Node:

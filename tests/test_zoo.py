@@ -21,7 +21,7 @@ from oracle import (
 from zoo import CASES, SAMPLE_BATCH, Case, call
 
 from dpcompile import DPModule, dpcompile
-from dpcompile.api import analyse
+from dpcompile.api import prove
 
 # Run by default; the rest with -m slow. BART is T5's like; float64 is the stricter type.
 IN_FLOAT64 = tuple(name for name in CASES if name != "bart")
@@ -49,7 +49,7 @@ def test_clipped_gradients_equal_one_sample_at_a_time(name: str, dtype: torch.dt
     case = CASES[name]().to(dtype)
     with arithmetic_of(dtype):
         bound = splitting_norm(case, SAMPLE_BATCH)
-        analysis = analyse(case.model, case.sample_input)
+        analysis = prove(case.model, case.sample_input).conclude()
         for method, reduction in METHODS:
             emitted = analysis.emit(analysis.plan(method), mean=reduction == "mean")
             dp_model = DPModule(case.model, emitted)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from layers import Apply
 from torch import Tensor, nn
 
-from dpcompile.api import analyse
+from dpcompile.api import prove
 from dpcompile.ir import Chain, Space, Uses
 from dpcompile.passes.find_sites import use_graph
 
@@ -18,7 +18,7 @@ IDS = torch.zeros(3, 2, dtype=torch.long)
 
 
 def uses_of(module: nn.Module, sample: Any) -> Uses:
-    return analyse(module, sample).uses
+    return prove(module, sample).conclude().uses
 
 
 def test_tied_embedding_gives_two_sites_in_one_group() -> None:

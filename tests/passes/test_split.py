@@ -7,8 +7,8 @@ from expecttest import assert_expected_inline
 from layers import Apply, compile_all, randomised
 from torch import nn
 
+from dpcompile.emitted import Emitted
 from dpcompile.ir import InputKind, OutputKind, Program
-from dpcompile.runtime import Emitted
 
 
 def emitted(module: nn.Module, *shape: int) -> Emitted:

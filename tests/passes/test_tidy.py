@@ -8,7 +8,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
-from dpcompile.api import analyse
+from dpcompile.api import prove
 from dpcompile.inline import PHASE, inline
 from dpcompile.ir import Output, OutputKind, Program
 from dpcompile.passes.tidy import tidied
@@ -25,7 +25,7 @@ def program_of(function: Callable[[Tensor], Tensor]) -> Program:
         def forward(self, x: Tensor) -> Tensor:
             return x * self.w
 
-    program = analyse(Model(), torch.randn(2, 4)).program
+    program = prove(Model(), torch.randn(2, 4)).conclude().program
     (product,) = program.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
     (result,) = inline(program.graph, lambda x: [function(x)], [product])
     return Program(
