@@ -25,6 +25,7 @@ from dpcompile.passes.estimate_costs import estimate_costs
 from dpcompile.passes.find_sites import find_sites
 from dpcompile.passes.insert_norms import insert_norms
 from dpcompile.passes.normalise import normalise
+from dpcompile.passes.penalty import penalty
 from dpcompile.passes.reweight_gradients import reweight_gradients
 from dpcompile.passes.rewrite import Order, Rewrite, rewrite
 from dpcompile.passes.spare_masks import spare_masks
@@ -78,7 +79,9 @@ def dpcompile(
         batched: where the batch lies if dim 0 of every tensor is not the answer: {"mask": None, "x": 1}, a collection
             of the names that carry one, or a sequence in the order of the arguments.
         loss_fn: `f(outputs, targets)` giving per-sample losses [B] (or their sum or mean). Then
-            `dp_model(x, targets=y)` gives the loss, and forward, backward, norms and clipping are one graph.
+            `dp_model(x, targets=y)` gives the loss, and forward, backward, norms and clipping are one graph. A term
+            of the parameters alone (a penalty) that is added to the sum or mean is not clipped: its gradient is added
+            as it is, by `make_private` once in each step. Added to per-sample losses it is part of every sample.
         sample_targets: targets of the sample, for `loss_fn`.
         clipping: the clip factor of a gradient of norm n: "abadi" min(1, R/n), "auto-s" R/(n + 0.01), "auto-v" or
             "normalise" R/n, "psac" R/(n + r/(n + r)) with r = 0.01. All bound the contribution by R.
@@ -175,7 +178,17 @@ class Analysis:
             forward, back = verify(parts.forward, "split"), verify(parts.backward, "split")
             saved = len(parts.saved)
         return Emitted(
-            forward, back, saved, self.call, self.captured.out_spec, plan, clipping, mean, self.trainable, drop_tangents
+            forward,
+            back,
+            saved,
+            self.call,
+            self.captured.out_spec,
+            plan,
+            clipping,
+            mean,
+            self.trainable,
+            penalty(self.program, self.tracked) if self.fused else None,
+            drop_tangents,
         )
 
 

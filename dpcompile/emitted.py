@@ -33,6 +33,7 @@ class Emitted:
     clipping: Clipping
     mean: bool  # the loss is a mean over samples
     trainable: tuple[str, ...]  # qualified names of the parameters that were trainable at compile time
+    penalty: Program | None  # fused form: the part of the loss that the parameters alone make
     drop_tangents: Callable[[Program, Sequence[str]], Program | None]  # the backward without gradients of some outputs
 
     own: tuple[Output, ...] = field(init=False)  # the model's own results: outputs and new buffer values, in order

@@ -121,6 +121,7 @@ class Value:
     kind: Kind
     axis: Axis | None = None  # for BATCHED and ROWS
     mean: bool = False  # for REDUCED: divided by the number of samples
+    penalised: bool = False  # for REDUCED: a term of the parameters alone was added
     trains: bool = False  # depends on a trainable parameter (set for every kind)
 
     def __str__(self) -> str:

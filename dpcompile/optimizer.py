@@ -156,7 +156,8 @@ class PrivateOptimizer(Optimizer):
         if logical.foreign or max(self._accumulations.values()) > logical.backwards:
             raise PrivacyError(
                 "optimizer: there are gradients that did not come from the compiled module. Call it, and not the "
-                "model that it was made from; a penalty on weights belongs into the optimizer (weight_decay)."
+                "model that it was made from; a penalty on weights belongs into loss_fn, or "
+                "into the optimizer (weight_decay)."
             )
         logical.physical = None
         if not batch.last:
@@ -184,11 +185,19 @@ class PrivateOptimizer(Optimizer):
             p.grad = None
 
     def _write_noisy_means(self, std: float) -> None:
-        """p.grad = (sum + noise) / divisor for every trainable parameter, whether a sample reached it or not."""
+        """p.grad = (sum + noise) / divisor for every trainable parameter, whether a sample reached it or not.
+
+        And, once for each logical batch, the gradient of a penalty in the loss.
+        """
         for p in self.parameters:
             total = torch.zeros_like(p) if p.grad is None else p.grad
             noisy = self._noised(total, std)
             p.grad = noisy.div_(self._divisor).to(p.dtype)
+        penalties = self._dp_model.penalty_gradients()
+        for name, p in self._dp_model.named_parameters():
+            if name in penalties:
+                assert p.grad is not None
+                p.grad.add_(penalties[name])
         for group in self.param_groups:
             if NOISE_VARIANCE in group:
                 group[NOISE_VARIANCE] = (std / self._divisor) ** 2
@@ -203,7 +212,9 @@ class PrivateOptimizer(Optimizer):
                 "gradients in it that did not come from the compiled module. Nothing was released."
             )
 
-    def _on_gradient(self, gradient: Tensor) -> None:
+    def _on_gradient(self, gradient: Tensor | None) -> None:
+        if gradient is None:  # of a parameter that no sample meets
+            return
         if records.is_handed(self._dp_model._handle, gradient) is False:
             self._logical.foreign = True
 

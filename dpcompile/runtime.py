@@ -199,7 +199,24 @@ class DPModule(nn.Module):
         *flat, norms = flat
         records.HAND_OVER(norms, self._times, handle)
         (loss,) = self._write_buffers(flat)
-        return loss
+        if emitted.penalty is None or self._summed:
+            return loss
+        penalty = self._penalty(emitted.penalty)
+        return loss + (penalty - penalty.detach())  # in its value already
+
+    def _penalty(self, program: Program) -> torch.Tensor:
+        with without_autocast(self._emitted):
+            return program.module.forward(*self._primals(program, []))[0]
+
+    def penalty_gradients(self) -> dict[str, torch.Tensor]:
+        """The gradient of what the parameters alone add to the fused loss, by parameter name. The same for all data."""
+        if self._emitted.penalty is None:
+            return {}
+        named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        with torch.enable_grad():
+            penalty = self._penalty(self._emitted.penalty)
+        grads = torch.autograd.grad(penalty, list(named.values()), allow_unused=True)
+        return {name: grad for name, grad in zip(named, grads, strict=True) if grad is not None}
 
     def _bound_tensor(self, primals: list[Any]) -> torch.Tensor:
         return self._bound.to(primals[0].device)

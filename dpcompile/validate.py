@@ -158,7 +158,7 @@ def _private(dp_model: DPModule, leaves: list[Any]) -> list[Tensor]:
     """The results of the emitted graph that have gradients: floating-point outputs, or the loss."""
     args, kwargs, targets = dp_model._emitted.call.unflatten(leaves)
     if dp_model._emitted.backward is None:
-        return [dp_model(*args, **kwargs, targets=targets)]
+        return [_without_penalty(dp_model, dp_model(*args, **kwargs, targets=targets))]
     return _floats(dp_model, dp_model(*args, **kwargs))
 
 
@@ -169,11 +169,17 @@ def _plain(dp_model: DPModule, leaves: list[Any], loss_fn: LossFn) -> list[Tenso
         outputs = dp_model.module(*args, **kwargs)
         if loss_fn is None:
             return _floats(dp_model, outputs)
-        loss = loss_fn(outputs, targets)
+        loss = _without_penalty(dp_model, loss_fn(outputs, targets))
     except Exception as error:  # of the user's code, which was never called with one sample before
         raise _Incomparable(f"the model fails on one sample alone ({type(error).__name__}: {error})") from error
     mean = dp_model._emitted.mean or loss.dim()
     return [loss.mean() if mean else loss / dp_model._emitted.call.views]
+
+
+def _without_penalty(dp_model: DPModule, loss: Tensor) -> Tensor:
+    """What samples contribute to the loss: a penalty on the parameters is in no sample's gradient."""
+    penalty = dp_model._emitted.penalty
+    return loss if penalty is None else loss - dp_model._penalty(penalty)
 
 
 def _floats(dp_model: DPModule, outputs: Any) -> list[Tensor]:

@@ -52,7 +52,7 @@ def find_sites(program: Program, tracked: Tracked) -> Uses:
         if not _is_batched(tracked.values.get(node.name)):
             continue
         call = call_of(node, tracked)
-        if not call.slots:
+        if not call.slots or _adds_penalty(node, tracked):
             continue
         rule = rule_for(call)
         where = origin(node)
@@ -118,6 +118,12 @@ def _live(program: Program) -> set[fx.Node]:
 def _is_batched(value: Value | tuple[Value, ...] | None) -> bool:
     parts = value if isinstance(value, tuple) else (value,)
     return any(part is not None and part.kind in (Kind.BATCHED, Kind.REDUCED) for part in parts)
+
+
+def _adds_penalty(node: fx.Node, tracked: Tracked) -> bool:
+    """What is done with a sum over samples reads parameters as a penalty only, which no sample has a part in."""
+    values = [tracked.values.get(arg.name) for arg in node.all_input_nodes]
+    return any(isinstance(value, Value) and value.kind is Kind.REDUCED for value in values)
 
 
 def _is_parameter(value: Value | tuple[Value, ...] | None) -> bool:

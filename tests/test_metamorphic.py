@@ -195,11 +195,25 @@ def test_micro_batches_add_up(subject: Subject, size: int) -> None:
 
 
 def test_a_sample_has_one_norm_wherever_it_stands(subject: Subject) -> None:
-    x, others = subject.batch(1), subject.batch(30, seed=1)
+    """Alone, first, last, and among thousands."""
+    x, others = subject.batch(1), subject.batch(3000, seed=1)
     _, alone = subject.step(x)
-    for before in (0, 1, 13, 30):
+    for before in (0, 1, 1339, 3000):
         _, norms = subject.step(torch.cat([others[:before], x, others[before:]]))
         torch.testing.assert_close(norms[before : before + 1], alone, rtol=TIGHT, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+def test_no_size_is_left_of_the_sample(subject: Subject, size: int) -> None:
+    """Compiled with three samples, run with any number of them."""
+    x = subject.batch(size)
+    _, norms = subject.step(x)
+    truth = []
+    for one in x.split(1):
+        subject.model.zero_grad()
+        loss_at(0)(subject.model(one)).sum().backward()
+        truth.append(subject.gradient().norm())
+    torch.testing.assert_close(norms.double(), torch.stack(truth), rtol=SHORT, atol=0)
 
 
 def test_two_backwards_add_up(subject: Subject) -> None:

@@ -59,7 +59,11 @@ REFUSED: dict[str, tuple[str, Loss]] = {
     "square of a mean": ("not linear", lambda s, y, i: y.mean().square()),
     "mean by B": ("number of samples", lambda s, y, i: y.mean() / y.shape[0]),
     "sum and mean": ("not linear", lambda s, y, i: y.sum() + y.mean()),
-    "penalty": ("parameters alone", lambda s, y, i: y.mean() + s.weight.square().sum()),
+    "penalty by B": (
+        "divides a penalty",
+        lambda s, y, i: (y.square().sum() + s.weight.square().sum()) / y.shape[0],
+    ),
+    "penalty times it": ("not linear", lambda s, y, i: y.mean() * s.weight.square().sum()),
     "tokens": ("loss of shape", lambda s, y, i: F.cross_entropy(y.mT, i, reduction="none")),
     "one row": ("for one row", lambda s, y, i: F.triplet_margin_loss(y[:, 0, 0], y[:, 0, 1], y[:, 0, 2])),
     "largest": ("over the samples", lambda s, y, i: y.amax()),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
 from dpcompile.ir import Kind, Value
@@ -15,14 +17,15 @@ KEEPS = frozenset(
 SUMS = frozenset({"sum", "mean"})
 PER_SAMPLE_MEAN = "Normalise per sample: divide each sample's sum by its own count (or by a constant), then average."
 OWN_TOKENS = "Take both means within each sample (over its own tokens, say), multiply, and then average over samples."
-NO_PENALTY = "Add such a penalty outside the model: it needs no privacy (weight_decay of the optimizer does it)."
+PENALTY_LAST = "Divide first and add the penalty afterwards: its gradient must not depend on the number of samples."
 
 
 def of_reduced(call: Call) -> Value:
     """Anything linear with constant coefficients keeps a sum or mean over samples of per-sample values.
 
     c * mean_i(f_i) = mean_i(c * f_i), so no coefficient needs to be remembered; an added constant has no gradient.
-    A sum divided by B, or by a multiple of it, becomes a mean; every other use of B is refused.
+    A sum divided by B, or by a multiple of it, becomes a mean; every other use of B is refused. A term of the
+    parameters alone may be added: passes/penalty.py takes it apart again.
     """
     name = call.op.overloadpacket.__name__
     first, second = call.value("self"), call.value("other")
@@ -38,11 +41,11 @@ def of_reduced(call: Call) -> Value:
         call.require_no_batch_size()
         kinds = {first.kind, second.kind}
         if kinds == {Kind.REDUCED} and first.mean == second.mean:
-            return first
+            return replace(first, penalised=first.penalised or second.penalised)
         if kinds == {Kind.REDUCED, Kind.CONSTANT}:
             return first if first.kind is Kind.REDUCED else second
-        if Kind.PARAMETER in kinds:
-            raise Mixes("adds a term of the parameters alone to a sum over samples", NO_PENALTY)
+        if kinds == {Kind.REDUCED, Kind.PARAMETER}:
+            return replace(first if first.kind is Kind.REDUCED else second, penalised=True)
     raise Mixes(f"is not linear in a sum over the samples of the batch{_made_at(call)}", _cure(call))
 
 
@@ -51,6 +54,8 @@ def _divided(call: Call, value: Value) -> Value:
         raise Mixes("rounds a sum over the samples of the batch", LOSS_PER_SAMPLE)
     number = call.number("other")
     if not value.mean and isinstance(call.args["other"], fx.Node) and call.batch.is_multiple(number):
+        if value.penalised:
+            raise Mixes("divides a penalty on the parameters by the number of samples", PENALTY_LAST)
         return Value(Kind.REDUCED, mean=True)
     call.require_no_batch_size()
     return value
