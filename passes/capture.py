@@ -235,8 +235,9 @@ def _without_rule(graph: fx.Graph, ops: Container[Any]) -> DPCompileError:
 
 
 def _sees_batch(node: fx.Node) -> bool:
-    """Whether a tensor that the op takes or gives has a size that is not a plain number."""
-    return any(isinstance(size, torch.SymInt) for size in _sizes([node, *node.all_input_nodes]))
+    """Whether the op gives a tensor, and one that it takes or gives has a size that is not a plain number."""
+    gives = any(isinstance(value, torch.Tensor) for value in pytree.tree_leaves(node.meta.get("val")))
+    return gives and any(isinstance(size, torch.SymInt) for size in _sizes([node, *node.all_input_nodes]))
 
 
 def _sizes(nodes: Iterable[fx.Node]) -> Iterator[int | torch.SymInt]:
