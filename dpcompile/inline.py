@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
+from dpcompile.rules.batching.base import size_of
 from dpcompile.torch_internals import fake_mode_of, trace
+
+Memo = dict[Hashable, fx.Graph]
+"""Graphs by what was traced: a layer that a model has many times is traced once."""
 
 PHASE = "dpcompile.phase"  # node.meta key: which rewrite a node comes from, "" for the traced backbone
 
@@ -20,18 +26,24 @@ def inline(
     phase: str = "",
     *,
     vmapped: bool = False,
+    memo: Memo | None = None,
+    key: Hashable = None,
 ) -> list[fx.Node]:
-    """Results of `fn(*inputs)` as new nodes, placed right behind the last input so that memory is freed early."""
-    traced = trace(
-        lambda *values: list(fn(*values)),
-        *(node.meta["val"] for node in inputs),
-        mode=fake_mode_of(graph),
-        vmapped=vmapped,
-    )
-    traced.graph.eliminate_dead_code()
+    """Results of `fn(*inputs)` as new nodes, placed right behind the last input so that memory is freed early.
+
+    With a memo, functions of equal keys do the same to inputs of the same shapes.
+    """
+    kind = (key, *map(_layout, inputs), *map(inputs.index, inputs))  # a tensor that is given twice is traced as one
+    traced = None if memo is None else memo.get(kind)
+    if traced is None:
+        values = [node.meta["val"] for node in inputs]
+        traced = trace(lambda *given: list(fn(*given)), *values, mode=fake_mode_of(graph), vmapped=vmapped).graph
+        traced.eliminate_dead_code()
+        if memo is not None:
+            memo[kind] = traced
     at = place(graph, inputs)
-    env: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    for node in traced.graph.nodes:
+    env: dict[fx.Node, fx.Node] = dict(zip(traced.find_nodes(op="placeholder"), inputs, strict=True))
+    for node in traced.nodes:
         if node.op == "placeholder":
             continue
         if node.op == "output":
@@ -39,8 +51,18 @@ def inline(
         with graph.inserting_after(at):
             copy = graph.node_copy(node, env.__getitem__)
         copy.meta[PHASE] = phase
+        # two nodes with one fake tensor would be traced as one
+        copy.meta["val"] = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, copy.meta["val"])
         env[node] = at = copy
     raise AssertionError("a graph ends in its output")
+
+
+def _layout(node: fx.Node) -> Hashable:
+    value: Any = node.meta["val"]
+    if not isinstance(value, torch.Tensor):
+        return type(value), str(value)
+    sizes = tuple(size_of(size) for size in (*value.shape, *value.stride()))
+    return sizes, value.dtype, value.device, value.storage_offset()
 
 
 def place(graph: fx.Graph, inputs: Sequence[fx.Node]) -> fx.Node:

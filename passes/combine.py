@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from dpcompile.errors import Finding, refusal
 from dpcompile.forms import Explicit, Form, explicit, merge, transposed
 from dpcompile.ir import Backward, Chain, Derived, Group, Program, Site, Space, Tracked
 from dpcompile.origin import origin
 from dpcompile.passes.find_sites import call_of
+from dpcompile.rules.batching.base import shape_of
 from dpcompile.rules.sites import BY_NAME
 from dpcompile.rules.sites.fallback import Fallback
 from dpcompile.torch_internals import fake_mode_of, trace
@@ -42,6 +45,7 @@ class GroupReader:
         self._sources = list(dict.fromkeys(name for v in group.values for name in (*v.params, *v.leaves)))
         self.sources = [joint[backward.leaves[name]] for name in self._sources]
         self.vmapped = group.space is Space.PULLBACK or any(BY_NAME[s.rule].vmapped for s in self.sites)
+        self.key = tuple(self._kind_of(site) for site in self.sites)  # readers of equal keys read alike
         self._simple: dict[str, fx.GraphModule] = {}
         if group.space is Space.PULLBACK:
             self._simple = {v.node: self._in_core_ops(v) for v in group.values if v.chain is Chain.GENERAL}
@@ -51,6 +55,23 @@ class GroupReader:
         values = [node.meta["val"] for node in self.sources]
         mode = fake_mode_of(self.sources[0].graph)
         return trace(lambda *sources: self.chain(value, sources), *values, mode=mode, decompose=True)
+
+    def _kind_of(self, site: Site) -> Hashable:
+        node = self._nodes[site.node]
+        call = call_of(node, self._tracked)
+        arguments = tuple((name, self._described(value)) for name, value in call.arguments.items())
+        own = (self.group.space, self._values[site.value].permutation)
+        return site.rule, str(node.target), site.slot, call.slots, arguments, self._described(node), own
+
+    def _described(self, item: Any) -> Hashable:
+        """An argument without its name: shape and tracking of a tensor, else the value."""
+        if isinstance(item, (list, tuple)):
+            return tuple(map(self._described, item))
+        if not isinstance(item, fx.Node):
+            return type(item), repr(item)
+        values = pytree.tree_leaves(item.meta["val"])
+        shapes = tuple((shape_of(v), v.dtype) if isinstance(v, torch.Tensor) else str(v) for v in values)
+        return shapes, self._tracked.values.get(item.name)
 
     def forms(self, tensors: Sequence[torch.Tensor]) -> list[tuple[Site, Form]]:
         """Each site's form, in the group's own space."""

@@ -85,8 +85,15 @@ def _norms_of(
     if reader.group.space is Space.PULLBACK:
         made = inline(graph, _pulled_back(reader, parts), [*reader.inputs, *reader.sources], "norm", vmapped=True)
     else:
+        method = order.plan.method(reader.group.name)
         made = inline(
-            graph, _norm(reader, order.plan.method(reader.group.name)), reader.inputs, "norm", vmapped=reader.vmapped
+            graph,
+            _norm(reader, method),
+            reader.inputs,
+            "norm",
+            vmapped=reader.vmapped,
+            memo=order.memo,
+            key=("norm", method, reader.key),
         )
     return made[: len(parts)], made[len(parts) :]
 

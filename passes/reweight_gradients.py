@@ -30,9 +30,17 @@ def reweight_gradients(draft: Draft, order: Order) -> Draft:
                 sums.setdefault(param, []).extend(inline(graph, _kept_sum, [*factor, gradient], "sum"))
             continue
         if kept:
-            (total,) = inline(graph, _kept_sum, [*factor, *kept], "sum")
+            (total,) = inline(graph, _kept_sum, [*factor, *kept], "sum", memo=order.memo, key="kept sum")
         else:
-            (total,) = inline(graph, _sum(reader), [*factor, *reader.inputs], "sum", vmapped=reader.vmapped)
+            (total,) = inline(
+                graph,
+                _sum(reader),
+                [*factor, *reader.inputs],
+                "sum",
+                vmapped=reader.vmapped,
+                memo=order.memo,
+                key=("sum", reader.key),
+            )
         if group.space is Space.VALUE and group.values[0].chain is not Chain.PERMUTE:
             (total,) = inline(graph, _scatter(reader), [total, *reader.sources], "sum")
         sums.setdefault(group.params[0], []).append(total)

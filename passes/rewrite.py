@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dpcompile.clipping import Clipping
+from dpcompile.inline import Memo
 from dpcompile.ir import Draft
 from dpcompile.passes.combine import GroupReader
 from dpcompile.plan import Plan
@@ -22,6 +23,7 @@ class Order:
     mean: bool  # the loss is a mean over samples
     fused: bool  # the loss is in the graph
     views: int = 1  # rows of the batch that are one sample
+    memo: Memo = field(default_factory=dict)
 
 
 Rewrite = Callable[[Draft, Order], Draft]

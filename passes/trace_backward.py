@@ -30,6 +30,7 @@ from dpcompile.ir import (
 from dpcompile.passes.find_sites import call_of
 from dpcompile.rules.sites import BY_NAME
 from dpcompile.rules.sites.base import Call, Tap, bind_values
+from dpcompile.seed import OP
 from dpcompile.torch_internals import fake_mode_of, trace
 
 aten = torch.ops.aten
@@ -131,7 +132,7 @@ def loss_scale(program: Program, tracked: Tracked) -> str:
 
 def _seed(loss: torch.Tensor, scale: str | None, batch: Any) -> torch.Tensor:
     """The gradient of the loss that makes every sample count once: a mean is multiplied back by the batch size."""
-    one = torch.ones_like(loss)
+    one = OP(loss.detach())
     return one * batch if scale == "mean" else one
 
 

