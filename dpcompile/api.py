@@ -148,7 +148,7 @@ class Analysis:
         clipping: Clipping | None = None,
     ) -> Plan:
         costs = estimate_costs(self.backward, self._readers(self.backward))
-        return choose_norms(
+        plan = choose_norms(
             self.program,
             self.uses,
             costs,
@@ -157,6 +157,7 @@ class Analysis:
             batch_size=batch_size or max(self.call.batch_size, 1),
             clipping=clipping,
         )
+        return replace(plan, checkpointed=self.captured.checkpointed)
 
     def _readers(self, backward: Backward) -> list[GroupReader]:
         """One for each group that some output depends on."""

@@ -51,7 +51,7 @@ def line_of(frame: FrameType, line: int) -> str:
 
 
 def _of_library(file: str) -> bool:
-    return "/torch/" in file.replace("\\", "/") or file.endswith("capture.py")
+    return "/torch/" in file.replace("\\", "/") or file.endswith(("capture.py", "torch_internals.py"))
 
 
 def _settings(frames: list[tuple[FrameType, int]]) -> Iterator[str]:

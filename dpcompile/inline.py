@@ -35,6 +35,7 @@ def inline(
     """
     kind = (key, *map(_layout, inputs), *map(inputs.index, inputs))  # a tensor that is given twice is traced as one
     traced = None if memo is None else memo.get(kind)
+    again = traced is not None
     if traced is None:
         values = [node.meta["val"] for node in inputs]
         traced = trace(lambda *given: list(fn(*given)), *values, mode=fake_mode_of(graph), vmapped=vmapped).graph
@@ -51,8 +52,8 @@ def inline(
         with graph.inserting_after(at):
             copy = graph.node_copy(node, env.__getitem__)
         copy.meta[PHASE] = phase
-        # two nodes with one fake tensor would be traced as one
-        copy.meta["val"] = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, copy.meta["val"])
+        if again:  # two nodes with one fake tensor would be traced as one
+            copy.meta["val"] = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, copy.meta["val"])
         env[node] = at = copy
     raise AssertionError("a graph ends in its output")
 
@@ -61,8 +62,8 @@ def _layout(node: fx.Node) -> Hashable:
     value: Any = node.meta["val"]
     if not isinstance(value, torch.Tensor):
         return type(value), str(value)
-    sizes = tuple(size_of(size) for size in (*value.shape, *value.stride()))
-    return sizes, value.dtype, value.device, value.storage_offset()
+    sizes = tuple(size_of(size) for size in (*value.shape, *value.stride(), value.storage_offset()))
+    return sizes, value.dtype, value.device
 
 
 def place(graph: fx.Graph, inputs: Sequence[fx.Node]) -> fx.Node:

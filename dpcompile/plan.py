@@ -94,6 +94,7 @@ class Plan:
     choices: Mapping[str, Choice]  # by group name
     unused: tuple[str, ...] = ()
     clip_groups: tuple[tuple[str, ...], ...] = ()  # groups of uses that are clipped by one norm; empty: all by one
+    checkpointed: int = 0  # regions of torch.utils.checkpoint in the model
 
     def method(self, group: str) -> Method:
         return self.choices[group].method

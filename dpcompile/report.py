@@ -70,6 +70,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "symbolic": {"flops": str(plan.flops()), "plain_flops": str(plan.plain_flops())},
         "flip": {"paper": f"T < {paper_flip()}"},
         "unused": list(plan.unused),
+        "checkpointed": plan.checkpointed,
     }
 
 
@@ -197,7 +198,13 @@ def _flip_lines() -> list[str]:
 
 
 def _notes(plan: Plan) -> list[str]:
-    return [f"unused: {', '.join(plan.unused)} (no output depends on them: no gradient)"] if plan.unused else []
+    notes = [f"unused: {', '.join(plan.unused)} (no output depends on them: no gradient)"] if plan.unused else []
+    if plan.checkpointed:
+        notes.append(
+            f"checkpoint: {plan.checkpointed} regions of torch.utils.checkpoint are not computed again; what they "
+            "compute is kept from the forward"
+        )
+    return notes
 
 
 def _device(plan: Plan) -> str:

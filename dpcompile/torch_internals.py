@@ -28,6 +28,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph import _BoxedCodeGen  # no public code generator frees its inputs
 from torch.fx.node import map_arg
 from torch.fx.proxy import TracerBase
+from torch.utils import checkpoint
 from torch.utils._pytree import tree_map_only
 
 from dpcompile.errors import NoRuleError
@@ -127,6 +128,34 @@ def trace(
                 # some ops (circular padding) are copies into an empty tensor: a second trace makes them pure
                 module = make_fx(torch.func.functionalize(module), tracing_mode="real")(*values)
     return module
+
+
+class ReentrantCheckpointError(RuntimeError):
+    """A region of torch.utils.checkpoint whose backward no graph can follow."""
+
+
+@contextlib.contextmanager
+def checkpointed_regions() -> Iterator[list[str]]:
+    """One entry for each region of torch.utils.checkpoint that runs inside. Tracing leaves no other mark of them."""
+    found: list[str] = []
+    whole, reentrant = checkpoint._checkpoint_without_reentrant_generator, checkpoint.CheckpointFunction
+
+    def counted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(getattr(function, "__qualname__", type(function).__name__))
+        return whole(function, *args, **kwargs)
+
+    class Refused:
+        @staticmethod
+        def apply(*_: Any) -> Any:
+            raise ReentrantCheckpointError("torch.utils.checkpoint(use_reentrant=True)")
+
+    checkpoint._checkpoint_without_reentrant_generator = counted
+    checkpoint.CheckpointFunction = Refused  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield found
+    finally:
+        checkpoint._checkpoint_without_reentrant_generator = whole
+        checkpoint.CheckpointFunction = reentrant
 
 
 def fake_value(node: torch.fx.Node) -> Any:

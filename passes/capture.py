@@ -22,7 +22,14 @@ from dpcompile.ir import Input, InputKind, Output, OutputKind, Program
 from dpcompile.origin import op_name, origin
 from dpcompile.rules.batching import rule_for
 from dpcompile.rules.batching.base import NEW_RULE, size_of
-from dpcompile.torch_internals import DECOMPOSITIONS, made_of, symbolic_batch, users_frames
+from dpcompile.torch_internals import (
+    DECOMPOSITIONS,
+    ReentrantCheckpointError,
+    checkpointed_regions,
+    made_of,
+    symbolic_batch,
+    users_frames,
+)
 
 aten = torch.ops.aten
 
@@ -34,6 +41,7 @@ HINTS = (1009, 1013, 1019, 1021, 1031, 1033)
 class Captured:
     program: Program
     out_spec: pytree.TreeSpec  # how the flat user outputs become the model's own return value
+    checkpointed: int = 0  # regions of torch.utils.checkpoint
 
 
 class _Root(nn.Module):
@@ -101,7 +109,8 @@ def capture(
     try:
         with symbolic_batch(), users_frames(), warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")  # torch.export's own deprecations: nothing a user could act on
-            exported = torch.export.export(root, sample, dynamic_shapes=(dynamic,), strict=False)
+            with checkpointed_regions() as regions:
+                exported = torch.export.export(root, sample, dynamic_shapes=(dynamic,), strict=False)
             _keep_no_grad_regions(exported.graph_module)
             _inline_empty_literals(exported.graph_module)
             lines = _lines_of_regions(exported.graph_module)
@@ -111,7 +120,7 @@ def capture(
         raise
     except Exception as error:
         raise CaptureError(_capture_message(model, call, error)) from error
-    return Captured(_program_of(exported, model, call), out_specs[-1])
+    return Captured(_program_of(exported, model, call), out_specs[-1], len(regions))
 
 
 def _hint(model: nn.Module, call: CallSpec) -> int:
@@ -134,6 +143,11 @@ def _capture_message(model: nn.Module, call: CallSpec, error: Exception) -> str:
         )
     frames = user_frames(error)
     where = f"\n  at {line_of(*frames[-1])}" if frames else ""
+    if isinstance(error, ReentrantCheckpointError):
+        return (
+            f"capture: the forward of {type(model).__name__} has a region of torch.utils.checkpoint that hides its "
+            f"backward.{where}\n  cure: Call checkpoint with use_reentrant=False."
+        )
     if "_apply(): Couldn't swap" in reason:
         return (
             f"capture: the forward of {type(model).__name__} converts a module's parameters.{where}\n"

@@ -59,6 +59,11 @@ def _copy(target: torch.Tensor, source: torch.Tensor, *, a: dict[str, Any]) -> t
     return source.to(target.dtype).expand(target.shape)
 
 
+def _index_select(table: torch.Tensor, index: torch.Tensor, *, a: dict[str, Any]) -> torch.Tensor:
+    """A look-up along another dimension as one along the first, whose backward does not fix the batch size."""
+    return table.movedim(a["dim"], 0).index_select(0, index).movedim(0, a["dim"])
+
+
 def _bilinear(
     x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor, a: dict[str, Any]
 ) -> torch.Tensor:
@@ -96,6 +101,12 @@ def _bag_size(a: dict[str, Any]) -> int | None:
     return step if regular and str(indices.shape[0]) == str(offsets.meta["val"].shape[0] * step) else None
 
 
+def _is_table(a: dict[str, Any]) -> bool:
+    """Whether index_select reads something that has no batch, along another dimension than the first."""
+    table = a["self"].meta["val"]
+    return table.dim() > 1 and a["dim"] % table.dim() != 0 and all(isinstance(size, int) for size in table.shape)
+
+
 _STATS = ("running_mean", "running_var")
 
 # op -> (arguments that are tensors, the same computation in other ops)
@@ -107,6 +118,7 @@ REWRITES: dict[Any, tuple[tuple[str, ...], Callable[..., torch.Tensor]]] = {
     aten.prelu.default: (("self", "weight"), _prelu),
     aten.masked_fill.Tensor: (("self", "mask", "value"), _masked_fill),
     aten.copy.default: (("self", "src"), _copy),  # what x[:, i] = y leaves; it has no derivative
+    aten.index_select.default: (("self", "index"), _index_select),
     aten.bilinear.default: (("input1", "input2", "weight", "bias"), _bilinear),
     aten.embedding_bag.default: (("weight", "indices", "offsets", "per_sample_weights"), _embedding_bag),
     aten.embedding_bag.padding_idx: (("weight", "indices", "offsets", "per_sample_weights"), _embedding_bag),
@@ -158,6 +170,8 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> None:
         not arguments["use_input_stats"] or is_tensor(arguments["running_mean"])
     ):
         return  # statistics of its own: track-batch tells whether they may be
+    if fn is _index_select and not _is_table(arguments):
+        return
     if fn is _embedding_bag and _bag_size(arguments) is None:
         return
     inputs = [arguments[name] for name in names if is_tensor(arguments.get(name))]

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.fx import traceback as fx_traceback
 
-from dpcompile.errors import InvalidGraphError
+from dpcompile.errors import DPCompileError, InvalidGraphError
 from dpcompile.ir import (
     Backward,
     Input,
@@ -65,6 +65,9 @@ def trace_backward(program: Program, tracked: Tracked, uses: Uses, *, loss: bool
     """The joint program. Placeholders: the captured ones, then one gradient for each output that a loss may use.
 
     With `loss` the single output is the loss itself and its gradient is known: one for each sample.
+
+    Raises:
+        DPCompileError: no output depends on a parameter.
     """
     nodes = program.nodes()
     calls = {site.node: (call_of(nodes[site.node], tracked), site.rule) for site in uses.sites}
@@ -117,6 +120,12 @@ def trace_backward(program: Program, tracked: Tracked, uses: Uses, *, loss: bool
         return flat_out + [recorder.seen[name] for name in layout["leaves"]]
 
     module = trace(joint, *primals, *tangents.values(), mode=mode)
+    if not layout["sites"]:
+        names = ", ".join(i.target for i in program.inputs if i.trainable)
+        raise DPCompileError(
+            f"trace-backward: no output depends on a trainable parameter ({names[:200]}), so there is no gradient to "
+            "clip. Look for a no_grad region, a detach or .data between them."
+        )
     return _assemble(module, program, tuple(tangents), layout)
 
 

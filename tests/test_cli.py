@@ -127,19 +127,17 @@ def test_check_names_every_batch_norm_of_a_hugging_face_resnet() -> None:
     assert result.output.count("(BatchNorm2d)") == 4
 
 
-@pytest.mark.parametrize(
-    ("part", "expected"), [("forward", "aten.addmm"), ("backward", "record_norms"), ("uses", "->")]
-)
-def test_graph_prints_code(part: str, expected: str) -> None:
-    result = RUNNER.invoke(app, ["graph", *GPT2, "--part", part])
+@pytest.mark.parametrize(("part", "expected"), [("forward", "aten.mul"), ("backward", "record_norms"), ("uses", "->")])
+def test_graph_prints_code(part: str, expected: str, models: str) -> None:
+    result = RUNNER.invoke(app, ["graph", f"{models}:with_sample", "--part", part])
     assert result.exit_code == 0, result.output
     assert expected in result.output
 
 
 @pytest.mark.parametrize("part", ["backward", "uses"])
-def test_graph_draws_svg(part: str, tmp_path: Path) -> None:
+def test_graph_draws_svg(part: str, models: str, tmp_path: Path) -> None:
     file = tmp_path / "graph.svg"
-    result = RUNNER.invoke(app, ["graph", *GPT2, "--part", part, "--svg", str(file)])
+    result = RUNNER.invoke(app, ["graph", f"{models}:with_sample", "--part", part, "--svg", str(file)])
     assert result.exit_code == 0, result.output
     assert "</svg>" in file.read_text()
 

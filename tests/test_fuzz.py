@@ -26,6 +26,14 @@ def test_random_models_match_one_sample_at_a_time(first: int) -> None:
     assert outcome.kind == "ok", f"{recipe.command()}\n{outcome.kind}: {outcome.what}\n{outcome.detail}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 200, TOGETHER))
+def test_random_models_under_inductor(first: int) -> None:
+    recipe = Recipe(first, longest=2, together=TOGETHER, changed=(("backend", "inductor"), ("size", 3)))
+    outcome = check(recipe)
+    assert outcome.kind == "ok", f"{recipe.command()}\n{outcome.kind}: {outcome.what}\n{outcome.detail}"
+
+
 @pytest.mark.filterwarnings("ignore:LSTM with projections", "ignore:Using padding='same'")
 def test_every_step_is_drawn_and_its_models_run() -> None:
     seen: collections.Counter[str] = collections.Counter()

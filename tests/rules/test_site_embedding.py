@@ -12,7 +12,6 @@ from layers import FORCED, Apply, check_module
 from torch import nn
 
 from dpcompile import DPCompileError, dpcompile
-from dpcompile.errors import NoRuleError
 
 IDS = torch.tensor([[0, 1, 2], [2, 3, 4], [4, 4, 1]])
 
@@ -114,11 +113,10 @@ def test_rows_that_are_matrices() -> None:
     check_module(Apply(lambda m, ids: m.table[ids], table=(5, 2, 3)), IDS, methods=EVERY)
 
 
-def test_table_looked_up_along_its_second_dimension_by_folded_ids_is_refused() -> None:
-    """torch fixes the batch size in the backward of this index_select."""
-    module = Apply(lambda m, ids: m.table.index_select(1, ids.flatten()).t().unflatten(0, (-1, 3)), table=(2, 5))
-    with pytest.raises(NoRuleError, match="fixes the batch size"):
-        dpcompile(module, IDS)
+@pytest.mark.parametrize("dim", [1, -1])
+def test_table_looked_up_along_its_second_dimension_by_folded_ids(dim: int) -> None:
+    module = Apply(lambda m, ids: m.table.index_select(dim, ids.flatten()).t().unflatten(0, (-1, 3)), table=(2, 5))
+    check_module(module, IDS, methods=EVERY)
 
 
 def test_two_indices_at_once() -> None:
