@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from dpcompile.clipping import Clipping, clipping_of
 from dpcompile.device import DeviceSpec, spec_for
 from dpcompile.emitted import Emitted
 from dpcompile.errors import CaptureError, DPCompileError
+from dpcompile.inline import Memo
 from dpcompile.ir import Backward, Draft, OutputKind, Program, Tracked, Uses
 from dpcompile.passes.capture import Captured, capture
 from dpcompile.passes.check_supported import check_supported
@@ -138,6 +139,7 @@ class Analysis:
     backward: Backward
     fused: bool
     trainable: tuple[str, ...]
+    memo: Memo = field(default_factory=dict, compare=False, repr=False)  # what is written for every plan alike
 
     def plan(
         self,
@@ -170,7 +172,8 @@ class Analysis:
         backward = replace(self.backward, program=self.backward.program.copy())
         if self.fused:
             mean = loss_scale(self.program, self.tracked) == "mean"
-        order = Order(tuple(self._readers(backward)), plan, clipping, mean, self.fused, self.call.views)
+        readers = tuple(self._readers(backward))
+        order = Order(readers, plan, clipping, mean, self.fused, self.call.views, self.memo)
         program = rewrite(REWRITES, Draft(backward.program), order).program
         forward, back = program, None
         saved = sum(o.kind in (OutputKind.GRADIENT, OutputKind.NORMS) for o in program.outputs)

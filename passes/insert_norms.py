@@ -49,9 +49,12 @@ def insert_norms(draft: Draft, order: Order) -> Draft:
     alive = [i for i, parts in enumerate(totals) if parts]
     trained = {graph_input.meta["val"].dtype for graph_input in _trainable(program)}
     join = _join(order, torch.float64 if torch.float64 in trained else torch.float32)
-    norms = {i: inline(graph, join, totals[i], "norm")[0] for i in alive}
+    key = ("join", order.fused, order.mean, order.views)
+    norms = {i: inline(graph, join, totals[i], "norm", memo=order.memo, key=key)[0] for i in alive}
     last = max(alive, key=lambda i: norms[i]._sort_key)
-    (stacked,) = inline(graph, _stack(alive, len(clipping.groups)), [norms[i] for i in alive], "norm")
+    parts = [norms[i] for i in alive]
+    count = len(clipping.groups)
+    (stacked,) = inline(graph, _stack(alive, count), parts, "norm", memo=order.memo, key=("stack", *alive, count))
     if not order.fused:
         handle = _placeholder(graph, "handle", 0)
         inputs = (*inputs, Input(handle.name, InputKind.HANDLE))
@@ -66,6 +69,8 @@ def insert_norms(draft: Draft, order: Order) -> Draft:
             _factor(order, i, stacked=i == last),
             [stacked if i == last else norms[i], bound, weight],
             "norm",
+            memo=order.memo,
+            key=("factor", clipping.function, i, i == last, order.fused, order.mean, order.views),
         )
         for i in alive
     }

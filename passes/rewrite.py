@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dpcompile.clipping import Clipping
 from dpcompile.inline import Memo
@@ -22,8 +22,8 @@ class Order:
     clipping: Clipping
     mean: bool  # the loss is a mean over samples
     fused: bool  # the loss is in the graph
-    views: int = 1  # rows of the batch that are one sample
-    memo: Memo = field(default_factory=dict)
+    views: int  # rows of the batch that are one sample
+    memo: Memo
 
 
 Rewrite = Callable[[Draft, Order], Draft]

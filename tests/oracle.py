@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,19 @@ def per_sample_gradients(
     return PerSampleGradients({name: torch.stack(row) if row else empty[name] for name, row in rows.items()})
 
 
+_truths: WeakKeyDictionary[nn.Module, dict[tuple[int, int, torch.dtype], PerSampleGradients]] = WeakKeyDictionary()
+
+
+def truth_of(case: Case, batch_size: int, seed: int = 0) -> PerSampleGradients:
+    """The truth for a batch of a case, whose parameters no test changes: worked out once for all norm methods."""
+    known = _truths.setdefault(case.model, {})
+    key = (batch_size, seed, next(case.model.parameters()).dtype)
+    if key not in known:
+        inputs, targets = case.batch(batch_size, seed)
+        known[key] = per_sample_gradients(case.model, case.loss, inputs, targets)
+    return known[key]
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """`p.grad` of every trainable parameter by name; a parameter without one counts as zero."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -133,7 +147,7 @@ def check_against_oracle(
     """Norms and clipped gradients of one step agree with the oracle, to the tolerance of the model's own type."""
     inputs, targets = case.batch(batch_size, seed)
     rtol = RTOL[next(case.model.parameters()).dtype]
-    truth = per_sample_gradients(case.model, case.loss, inputs, targets)
+    truth = truth_of(case, batch_size, seed)
     divisor = max(batch_size, 1) if loss_reduction == "mean" else 1
     expected = {name: g / divisor for name, g in truth.clipped_sum(max_grad_norm).items()}
 
@@ -164,5 +178,4 @@ def check_against_autograd(
 
 def splitting_norm(case: Case, batch_size: int, seed: int = 0) -> float:
     """A clipping bound under which some samples of that batch are clipped and some are not."""
-    inputs, targets = case.batch(batch_size, seed)
-    return per_sample_gradients(case.model, case.loss, inputs, targets).splitting_norm()
+    return truth_of(case, batch_size, seed).splitting_norm()
