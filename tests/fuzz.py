@@ -129,7 +129,8 @@ def check(recipe: Recipe) -> Outcome:
         except Exception as error:
             return _crash("compilation", error)
         try:
-            _check_all(model, module, dp_model, options, dtype)
+            sizes = (options.size + 1, 1) if recipe.together > 1 else (options.size, 1, options.size + 1, 0)
+            _check_all(model, module, dp_model, options, dtype, sizes)
         except AssertionError as error:
             if not options.double and _rough(model, options):
                 return Outcome("rough")
@@ -171,9 +172,11 @@ def _plain(model: Model, module: nn.Module, rows: int, dtype: torch.dtype) -> Te
     return losses
 
 
-def _check_all(model: Model, module: nn.Module, dp_model: DPModule, options: Options, dtype: torch.dtype) -> None:
+def _check_all(
+    model: Model, module: nn.Module, dp_model: DPModule, options: Options, dtype: torch.dtype, sizes: Sequence[int]
+) -> None:
     step = _step(model, dp_model, options)
-    for size in dict.fromkeys((options.size, 1, options.size + 1, 0)):
+    for size in dict.fromkeys(sizes):
         inputs, targets = model.batch(size * options.views, dtype)
         truth = per_sample(model, module, inputs, targets, options.views, torch.float64)
         dp_model.max_grad_norm = truth.splitting_norm() if size else 1.0

@@ -66,6 +66,7 @@ def test_nanobatch_finds_the_same_sums(capsys: pytest.CaptureFixture[str], tmp_p
     assert figure.stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_nanobatch_notices_sums_that_differ(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

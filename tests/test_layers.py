@@ -104,7 +104,7 @@ def test_recurrent_layer(name: str) -> None:
     check_module(module, torch.randn(3, 2, RECURRENT[name].input_size), batch_sizes=(3, 1), methods=FEW)
 
 
-@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("kind", [pytest.param(nn.GRU, marks=pytest.mark.slow), nn.LSTM])
 def test_recurrent_layer_with_the_sequence_first(kind: type[nn.RNNBase]) -> None:
     module = Apply(lambda m, x: m.f(x)[0], modules={"f": kind(D, 3)})
     check_module(module, (torch.randn(2, 3, D),), batched=[1], loss=loss_at(1), methods=FEW)

@@ -23,16 +23,16 @@ from zoo import CASES, SAMPLE_BATCH, Case, call
 from dpcompile import DPModule, dpcompile
 from dpcompile.api import prove
 
-# Run by default; the rest with -m slow, BART, RoBERTa and VGG as the likes of T5, BERT and ResNet; float64 is the
-# stricter type.
-IN_FLOAT64 = tuple(name for name in CASES if name not in ("bart", "roberta", "vgg19"))
+# Run by default; the rest with -m slow, as the likes of T5, BERT, ResNet and LoRA; float64 is the stricter type.
+IN_FLOAT64 = tuple(name for name in CASES if name not in ("bart", "roberta", "albert", "vgg19", "lora_merged"))
 IN_FLOAT32 = ("lstm",)
-FUSED = ("gpt2", "resnet18", "lstm")
+FUSED = ("gpt2", "lstm")
 BATCH_SIZES = (SAMPLE_BATCH, 1, SAMPLE_BATCH + 1, 0)
 HAS_CPP_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))  # inductor needs one on a CPU
 
 
 METHODS = (("ghost", "mean"), ("explicit", "sum"), ("auto", "mean"))  # with the loss's reduction
+OVER = {"ghost": {torch.float32: 1e-3}}  # forced where auto would not choose it: hundreds of positions
 
 every_case = pytest.mark.parametrize("name", CASES)
 
@@ -57,7 +57,14 @@ def test_clipped_gradients_equal_one_sample_at_a_time(name: str, dtype: torch.dt
             dp_model.max_grad_norm = bound
             for batch_size in BATCH_SIZES:
                 with subtests.test(method=method, batch_size=batch_size):
-                    check_against_oracle(case, dp_model, batch_size, max_grad_norm=bound, loss_reduction=reduction)
+                    check_against_oracle(
+                        case,
+                        dp_model,
+                        batch_size,
+                        max_grad_norm=bound,
+                        loss_reduction=reduction,
+                        over=OVER.get(method, {}).get(dtype, 0.0),
+                    )
             with subtests.test(method=method, max_grad_norm="inf"):
                 unbounded = DPModule(case.model, emitted)
                 unbounded.max_grad_norm = math.inf
@@ -87,7 +94,7 @@ def compiled_case(case: Case, max_grad_norm: float, *, fused: bool, loss_reducti
     [
         ("gpt2", True, "aot_eager"),
         pytest.param("resnet18", False, "aot_eager", marks=pytest.mark.slow),
-        ("lstm", False, "aot_eager"),
+        pytest.param("lstm", False, "aot_eager", marks=pytest.mark.slow),
         pytest.param("lstm", False, "inductor", marks=pytest.mark.slow),
         pytest.param("resnet18", False, "inductor", marks=pytest.mark.slow),
         pytest.param("gpt2", True, "inductor", marks=pytest.mark.slow),

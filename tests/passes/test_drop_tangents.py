@@ -76,6 +76,7 @@ def test_what_the_loss_leaves_out_costs_no_product() -> None:
     assert spent == cost(dpcompile(alone, x, norm_method="ghost"), lambda m: m(x).sum()) + forward_of_second
 
 
+@pytest.mark.slow
 def test_caches_of_a_language_model_leave_no_trace_in_the_backward() -> None:
     case = CASES["gpt2"]()
     case.model.config.use_cache = True

@@ -64,7 +64,9 @@ def recurrent() -> tuple[nn.Module, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("build", [gpt2, llama, t5, swin, recurrent])
+@pytest.mark.parametrize(
+    "build", [gpt2, recurrent, *(pytest.param(build, marks=pytest.mark.slow) for build in (llama, t5, swin))]
+)
 def test_every_node_of_a_model_is_what_tracking_says(build: Any) -> None:
     model, inputs = build()
     assert_samples_apart(model.eval(), inputs)
