@@ -45,6 +45,9 @@ def unrelated(_values: Tensor, noise: Tensor) -> Tensor:
 DATA = (nearby, scattered, unrelated)
 """What is tried in turn. A wrong rule is wrong for all of them."""
 
+NOTHING = 1e-15
+"""A norm that is zero may be found to be so much: the bound on what underflow hides."""
+
 LossFn = Callable[..., Tensor] | None
 
 
@@ -84,7 +87,7 @@ class _Incomparable(Exception):  # noqa: N818  (an answer, not an error)
 def _agree(dp_model: DPModule, found: Tensor, truth: Tensor) -> bool:
     dtypes = [p.dtype for p in dp_model.parameters() if p.requires_grad]
     below = max(BELOW.get(dtype, ABOVE) for dtype in dtypes)
-    least = 1e-6 * truth.max().clamp(min=1e-30)
+    least = 1e-6 * truth.max() + NOTHING
     return bool(((found >= truth * (1 - below) - least) & (found <= truth * (1 + ABOVE) + least)).all())
 
 

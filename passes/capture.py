@@ -139,7 +139,8 @@ def _capture_message(model: nn.Module, call: CallSpec, error: Exception) -> str:
         return (
             f"capture: the forward of {type(model).__name__} makes a plain number of the batch size, with "
             f"{call.describe()}.\n  len(x), int(x.shape[0]), a literal, or numpy "
-            "given the size (to draw a mask, say) does so: write x.shape[0], and draw with torch."
+            "given the size (to draw a mask, say) does so: write x.shape[0], and draw with torch. So does "
+            "torch.take_along_dim: write torch.gather."
         )
     frames = user_frames(error)
     where = f"\n  at {line_of(*frames[-1])}" if frames else ""

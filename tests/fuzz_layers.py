@@ -617,7 +617,7 @@ def along_a_dimension(b: Builder) -> None:
         "torch.cat([h.narrow({k}, 0, 1), h], {k}).narrow({k}, 0, h.shape[{k}])",
         "torch.cat(h.split(1, {k}), {k})",
         "torch.stack(h.unbind({k}), {k})",
-        "h.take_along_dim(h.argsort({k}), {k})",
+        "h.gather({k}, h.argsort({k}))",
         "h * h.std({k}, keepdim=True, correction=0)",
         "h.cumprod({k})",
         "h.diff(dim={k}, prepend=h.narrow({k}, 0, 1))",

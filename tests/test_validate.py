@@ -60,6 +60,15 @@ def test_nothing_is_left_behind() -> None:
         _ = dp_model.per_sample_norms
 
 
+def test_a_gradient_of_zero_is_no_mismatch() -> None:
+    class Constant(nn.PReLU):
+        def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            y = super().forward(x)
+            return y - y
+
+    assert dpcompile(Constant(), X).validated == COMPARED
+
+
 def test_a_model_in_eval_mode_stays_there() -> None:
     model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3)).eval()
     assert dpcompile(model, X).validated == COMPARED
