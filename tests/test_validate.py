@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from dpcompile import DPCompileError, dpcompile
 from dpcompile.errors import InvalidGraphError
 from dpcompile.forms import Outer
 from dpcompile.rules.sites.contraction import Contraction
+
+validate = importlib.import_module("dpcompile.validate")
 
 X = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0))
 COMPARED = "norms of two samples"
@@ -67,6 +70,26 @@ def test_a_gradient_of_zero_is_no_mismatch() -> None:
             return y - y
 
     assert dpcompile(Constant(), X).validated == COMPARED
+
+
+def test_a_gradient_that_is_rounding_alone_is_compared_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum over a layer norm is zero: in float32 two ways of computing its gradient need not share a digit."""
+
+    class Cancelling(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return F.layer_norm(super().forward(x), (64,)).sum(-1)
+
+    torch.manual_seed(0)
+    model, honest = Cancelling(5, 64), validate._emitted_norms
+    monkeypatch.setattr(validate, "_emitted_norms", lambda *given: 2 * honest(*given))
+    assert dpcompile(model, X).validated == COMPARED
+    for name, value in (("SMALL", 0.0), ("ROUNDING", 0.1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(validate, name, value)
+            with pytest.raises(InvalidGraphError, match="disagree"):
+                dpcompile(model, X)
+    with pytest.raises(InvalidGraphError, match="disagree"):
+        dpcompile(nn.Linear(5, 64), X)
 
 
 def test_a_model_in_eval_mode_stays_there() -> None:
