@@ -17,6 +17,7 @@ from dpcompile.emitted import Emitted
 from dpcompile.errors import CaptureError, DPCompileError
 from dpcompile.inline import Memo
 from dpcompile.ir import Backward, Draft, OutputKind, Program, Tracked, Uses
+from dpcompile.lengths import proven
 from dpcompile.passes.capture import Captured, capture
 from dpcompile.passes.check_supported import check_supported
 from dpcompile.passes.choose_norms import POLICIES, choose_norms
@@ -57,6 +58,7 @@ def dpcompile(
     norm_method: str = "auto",
     loss_reduction: str = "mean",
     batched: Any = None,
+    dynamic: Any = None,
     loss_fn: Callable[..., torch.Tensor] | None = None,
     sample_targets: Any = None,
     clipping: str = "abadi",
@@ -73,12 +75,15 @@ def dpcompile(
     Args:
         model: any module that torch.export can follow.
         sample_input: what the model is called with: a tensor, a tuple (positional) or a dict (keyword). Dim 0 of each
-            tensor is the batch. Shapes other than the batch size are fixed by it.
+            tensor is the batch. Other sizes are fixed by it, unless `dynamic` frees them.
         max_grad_norm: R, the largest norm of one sample's contribution; float("inf") clips nothing.
         norm_method: "auto", "ghost" or "explicit" per-sample norms; "paper" is the rule 2 T^2 < p d.
         loss_reduction: how the caller's loss reduces over samples: "mean" or "sum".
         batched: where the batch lies if dim 0 of every tensor is not the answer: {"mask": None, "x": 1}, a collection
             of the names that carry one, or a sequence in the order of the arguments.
+        dynamic: other dimensions whose size may differ from call to call, as lengths of sequences do:
+            {"input_ids": [1]}, or {"input_ids": {1: torch.export.Dim("T", max=1024)}}, or a sequence in the order of
+            the arguments; targets go by the name "targets". What depends on a size is chosen at the sample's.
         loss_fn: `f(outputs, targets)` giving per-sample losses [B] (or their sum or mean). Then
             `dp_model(x, targets=y)` gives the loss, and forward, backward, norms and clipping are one graph. A term
             of the parameters alone (a penalty) that is added to the sum or mean is not clipped: its gradient is added
@@ -115,6 +120,7 @@ def dpcompile(
         model,
         sample_input,
         batched=batched,
+        dynamic=dynamic,
         loss_fn=loss_fn,
         sample_targets=sample_targets,
         loss_reduction=loss_reduction,
@@ -159,7 +165,9 @@ class Analysis:
             batch_size=batch_size or max(self.call.batch_size, 1),
             clipping=clipping,
         )
-        return replace(plan, checkpointed=self.captured.checkpointed)
+        sizes = (size.node.hint for size in self.program.lengths)
+        lengths = dict(zip((length.name for length in self.call.lengths), sizes, strict=True))
+        return replace(plan, checkpointed=self.captured.checkpointed, lengths=lengths)
 
     def _readers(self, backward: Backward) -> list[GroupReader]:
         """One for each group that some output depends on."""
@@ -181,11 +189,13 @@ class Analysis:
             parts = split(program)
             forward, back = verify(parts.forward, "split"), verify(parts.backward, "split")
             saved = len(parts.saved)
+        batch = program.batch
+        lengths = tuple(proven(*pair, batch) for pair in zip(self.call.lengths, program.lengths, strict=True))
         return Emitted(
             forward,
             back,
             saved,
-            self.call,
+            replace(self.call, lengths=lengths),
             self.captured.out_spec,
             plan,
             clipping,
@@ -232,6 +242,7 @@ def prove(
     sample_input: Any,
     *,
     batched: Any = None,
+    dynamic: Any = None,
     loss_fn: Callable[..., torch.Tensor] | None = None,
     sample_targets: Any = None,
     loss_reduction: str = "mean",
@@ -239,7 +250,7 @@ def prove(
 ) -> Proof:
     """Where the batch is in every value of a model, whether it is supported or not."""
     _check_parameters(model)
-    call = bind_sample(model, sample_input, batched, sample_targets, views)
+    call = bind_sample(model, sample_input, batched, sample_targets, views, dynamic)
     was_training = model.training
     flags = {module: module.training for module in model.modules()}
     if not was_training:
@@ -253,7 +264,7 @@ def prove(
     program = verify(normalise(captured.program), "normalise")
     tracked = track_batch(program, loss=fused)
     trainable = tuple(name for name, p in model.named_parameters() if p.requires_grad)
-    return Proof(call, captured, program, tracked, fused, loss_reduction, trainable)
+    return Proof(captured.call, captured, program, tracked, fused, loss_reduction, trainable)
 
 
 def _check_arguments(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from dpcompile.errors import CaptureError
+from dpcompile.lengths import Length, asked_for, check_lengths, of_leaf
 
 TARGETS = "targets"  # name of the extra argument of the fused form
 
@@ -27,6 +28,8 @@ class LeafSpec:
     device: torch.device | None = None
     literal: Any = None
     value: torch.Tensor | None = None  # the sample itself, only where it carries no batch
+    free: Mapping[int, Any] = field(default_factory=dict)
+    """Dimension whose size a call may choose -> a torch.export.Dim; once captured, the name of its Length."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class CallSpec:
     batch_size: int  # of the sample
     device: torch.device
     views: int = 1  # rows of the batch that are one sample: the program sees them as a dimension of their own
+    lengths: tuple[Length, ...] = ()  # once captured
 
     def describe(self) -> str:
         parts = [
@@ -117,6 +121,7 @@ class CallSpec:
             raise CaptureError(f"call: the arguments are nested otherwise than in the sample ({self.describe()}).")
         for leaf, value in zip(self.leaves, flat, strict=True):
             _check_leaf(leaf, value)
+        check_lengths(self.lengths, self.leaves, flat)
         return flat
 
     def batch_size_of(self, leaves: Sequence[Any]) -> int:
@@ -131,6 +136,11 @@ class CallSpec:
         raise AssertionError("a call has at least one batched leaf")
 
 
+def in_program(leaf: LeafSpec, dim: int, views: int) -> int:
+    """Where a dimension of a call's tensor is in the program's: views have one of their own behind the batch."""
+    return dim + 1 if views > 1 and leaf.batch_dim is not None and dim > leaf.batch_dim else dim
+
+
 def _check_leaf(leaf: LeafSpec, value: Any) -> None:
     if leaf.shape is None:
         if value != leaf.literal:
@@ -142,17 +152,22 @@ def _check_leaf(leaf: LeafSpec, value: Any) -> None:
     if not isinstance(value, torch.Tensor):
         raise CaptureError(f"call: `{leaf.name}` must be a tensor, got {type(value).__name__}.")
     fits = value.dim() == len(leaf.shape) and all(
-        have == want for i, (have, want) in enumerate(zip(value.shape, leaf.shape, strict=False)) if i != leaf.batch_dim
+        have == want
+        for i, (have, want) in enumerate(zip(value.shape, leaf.shape, strict=False))
+        if i != leaf.batch_dim and i not in leaf.free
     )
     if not fits:
-        want = ["B" if i == leaf.batch_dim else str(size) for i, size in enumerate(leaf.shape)]
+        names = {leaf.batch_dim: "B", **leaf.free}
+        want = [names.get(i, str(size)) for i, size in enumerate(leaf.shape)]
         raise CaptureError(
             f"call: `{leaf.name}` has shape {list(value.shape)}; compiled for [{', '.join(want)}]. "
-            "Only the batch size is free: pad to this shape or compile again."
+            "The other sizes are those of the sample: pad to this shape, compile again, or compile with dynamic=."
         )
 
 
-def bind_sample(model: nn.Module, sample_input: Any, batched: Any, targets: Any = None, views: int = 1) -> CallSpec:
+def bind_sample(
+    model: nn.Module, sample_input: Any, batched: Any, targets: Any = None, views: int = 1, dynamic: Any = None
+) -> CallSpec:
     """The calling pattern of a sample input.
 
     `batched` says where the batch lies when dim 0 of every tensor is not the answer: a dict of argument name to
@@ -167,9 +182,10 @@ def bind_sample(model: nn.Module, sample_input: Any, batched: Any, targets: Any 
     if targets is not None:
         values = {**values, TARGETS: targets}
     dims = _batch_dims(batched, tuple(values))
+    free = asked_for(dynamic, tuple(values))
     flat_with_paths, spec = pytree.tree_flatten_with_path(list(values.values()))
     names = tuple(values)
-    leaves = [_leaf(names, path, value, dims) for path, value in flat_with_paths]
+    leaves = [_leaf(names, path, value, dims, free) for path, value in flat_with_paths]
     sizes = {
         leaf.name: leaf.shape[leaf.batch_dim]
         for leaf in leaves
@@ -244,7 +260,13 @@ def _batch_dims(batched: Any, names: tuple[str, ...]) -> dict[str, int | None]:
     return {name: 0 if dim is True else None if dim is False else dim for name, dim in chosen.items()}
 
 
-def _leaf(names: tuple[str, ...], path: Any, value: Any, dims: Mapping[str, int | None]) -> LeafSpec:
+def _leaf(
+    names: tuple[str, ...],
+    path: Any,
+    value: Any,
+    dims: Mapping[str, int | None],
+    free: Mapping[str, Mapping[int, Any]],
+) -> LeafSpec:
     argument = names[path[0].idx]
     name = argument + pytree.keystr(path[1:])
     if not isinstance(value, torch.Tensor):
@@ -257,4 +279,6 @@ def _leaf(names: tuple[str, ...], path: Any, value: Any, dims: Mapping[str, int 
     if dim is not None and not -value.dim() <= dim < value.dim():
         raise CaptureError(f"sample: `{name}` of shape {list(value.shape)} has no dimension {dim} for the batch.")
     dim = dim % value.dim() if dim is not None else None
-    return LeafSpec(name, dim, tuple(value.shape), value.dtype, value.device, value=value if dim is None else None)
+    own = of_leaf(name, value.shape, dim, free.get(argument, {}))
+    kept = value if dim is None else None
+    return LeafSpec(name, dim, tuple(value.shape), value.dtype, value.device, value=kept, free=own)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from dpcompile.forms import Explicit, Form, OneHot, Outer, explicit, merge, spans, swapped
+from dpcompile.shapes import hint, is_one
 
 BLOCK = 1024
 """Products that one matrix product adds up at most; longer ones are cut, and their parts added."""
@@ -41,9 +42,9 @@ def unit(dtype: torch.dtype) -> float:
 
 
 def gamma(terms: int, dtype: torch.dtype) -> float:
-    """Relative error of a sum of that many products, in the worst case."""
+    """Relative error of a sum of that many products, in the worst case; of a free length, a number of the graph."""
     nu = terms * unit(dtype)
-    return nu / (1 - nu) if nu < 0.5 else float("inf")
+    return nu / (1 - nu) if hint(terms) * unit(dtype) < 0.5 else float("inf")
 
 
 def tiny(dtype: torch.dtype) -> float:
@@ -67,16 +68,21 @@ def sq_norm(grad: torch.Tensor) -> torch.Tensor:
 def _sum(values_Bn: torch.Tensor) -> torch.Tensor:
     """[B] float64 sums: SHORT terms in the type of the values, the rest in float64, where there are many."""
     count = values_Bn.shape[1]
-    if _sum_terms(count, values_Bn.dtype) == count:
+    if not _in_parts(count, values_Bn.dtype):
         return values_Bn.sum(1).double()
-    even = count // SHORT * SHORT
-    total = values_Bn[:, :even].unflatten(1, (SHORT, even // SHORT)).sum(1).sum(1, dtype=torch.float64)
-    return total if even == count else total + values_Bn[:, even:].sum(1, dtype=torch.float64)
+    parts = count // SHORT
+    total = values_Bn[:, : parts * SHORT].unflatten(1, (SHORT, parts)).sum(1).sum(1, dtype=torch.float64)
+    whole = isinstance(count, int) and count % SHORT == 0
+    return total if whole else total + values_Bn[:, parts * SHORT :].sum(1, dtype=torch.float64)
 
 
 def _sum_terms(count: int, dtype: torch.dtype) -> int:
     """Terms that `_sum` adds in the type of the values."""
-    return SHORT if count > LONG and dtype is not torch.float64 else count
+    return SHORT if _in_parts(count, dtype) else count
+
+
+def _in_parts(count: int, dtype: torch.dtype) -> bool:
+    return hint(count) > LONG and dtype is not torch.float64
 
 
 # ------------------------------------------------------------------ norms of one group of uses
@@ -101,7 +107,7 @@ def dropped_norm(forms: Sequence[Form], grad: torch.Tensor) -> torch.Tensor:
 def ghost_norm(forms: Sequence[Outer | OneHot]) -> torch.Tensor:
     """[2, B] of the sum of all forms, none of them made explicit: sum_kl <G_k, G_l>."""
     merged = merge(forms)
-    if len(merged) == 1 and isinstance(merged[0], Outer) and merged[0].rows_BGTp.shape[2] == 1:
+    if len(merged) == 1 and isinstance(merged[0], Outer) and is_one(merged[0].rows_BGTp.shape[2]):
         return _single_position(merged[0])
     uses = [_measured(form) for form in merged]
     square = uses[0].square
@@ -218,8 +224,8 @@ def _pairing(
     left, right = ((r * c).sum(1, dtype=torch.float64) for r, c in ((left_rows, left_cols), (right_rows, right_cols)))
     everything = left * right
     total = _sum2(pairs) + pairs.shape[1] * pairs.shape[2] * tiny(dtype)
-    positions = max(pairs.shape[1], pairs.shape[2])
-    if (by_rows + by_cols + adding) * positions / 2 < WELL_BELOW:
+    positions = max(pairs.shape[1:], key=hint)
+    if hint((by_rows + by_cols + adding) * positions) / 2 < WELL_BELOW:
         return total + SECOND_ORDER * (by_rows + by_cols + adding) * everything
     by_data = (by_cols + adding) * _weighed(rows_gram, left_cols, right_cols)
     by_data = by_data + by_rows * _weighed(cols_gram, left_rows, right_rows)
@@ -231,16 +237,21 @@ def _pairing(
 
 def _terms(count: int) -> int:
     """Terms that follow one another in a matrix product cut into blocks."""
-    blocks = -(-count // BLOCK)
-    return -(-count // blocks) + blocks if blocks else 1
+    blocks = _blocks(count)
+    return -(-count // blocks) + blocks
+
+
+def _blocks(count: int) -> int:
+    """How many matrix products the sum is cut into; one where the length is free."""
+    return max(-(-count // BLOCK), 1) if isinstance(count, int) else 1
 
 
 def _product(left_NTk: torch.Tensor, right_NSk: torch.Tensor) -> torch.Tensor:
     """[N, T, S] inner products, at most BLOCK terms at a time."""
     left, right = accurate(left_NTk), accurate(right_NSk).transpose(1, 2)
     count = left.shape[2]
-    blocks = -(-count // BLOCK)
-    if blocks <= 1:
+    blocks = _blocks(count)
+    if blocks == 1:
         return left @ right
     size = -(-count // blocks)
     total = left[:, :, :size] @ right[:, :size]

@@ -129,6 +129,9 @@ class PrivateFunction(torch.autograd.Function):
                 results = run(boxed)
         if ctx.handle < 0:  # an empty batch: its stand-in sample may have a gradient that is not finite
             results = [None if value is None else torch.zeros_like(value) for value in results]
+            if torch.compiler.is_compiling():  # no result needs the graph's own record of norms now, and it is dropped
+                zero = records.OP(torch.zeros_like(bound).unsqueeze(1), ctx.handle).sum()
+                results = [None if value is None else value + zero.to(value.dtype) for value in results]
         gradients = [None if at is None else results[at] for at in emitted.gradients]
         if not torch.compiler.is_compiling():
             records.hand(ctx.handle, gradients)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dpcompile import finite
+from dpcompile.shapes import hint
 
 Dims = tuple[int, ...]
 
@@ -165,7 +166,7 @@ def weighted_sum(form: Form, weight_B: torch.Tensor, finite_B: torch.Tensor | No
         total = scaled.new_zeros(rows, scaled.shape[-1]).index_add(0, form.index_BT.flatten(), scaled.flatten(0, 1))
         return _to_shape(total, form, batched=False)
     rows, cols = _finite(form.rows_BGTp, finite_B), _finite(form.cols_BGTd, finite_B)
-    if rows.shape[-1] <= cols.shape[-1]:
+    if hint(rows.shape[-1]) <= hint(cols.shape[-1]):
         rows = _scaled(rows, weight_B)
     else:
         cols = _scaled(cols, weight_B)

@@ -33,12 +33,15 @@ def inline(
 
     With a memo, functions of equal keys do the same to inputs of the same shapes.
     """
+    inputs, count = [*inputs, *_lengths(graph)], len(inputs)
     kind = (key, *map(_layout, inputs), *map(inputs.index, inputs))  # a tensor that is given twice is traced as one
     traced = None if memo is None else memo.get(kind)
     again = traced is not None
     if traced is None:
         values = [node.meta["val"] for node in inputs]
-        traced = trace(lambda *given: list(fn(*given)), *values, mode=fake_mode_of(graph), vmapped=vmapped).graph
+        traced = trace(
+            lambda *given: list(fn(*given[:count])), *values, mode=fake_mode_of(graph), vmapped=vmapped
+        ).graph
         traced.eliminate_dead_code()
         if memo is not None:
             memo[kind] = traced
@@ -56,6 +59,17 @@ def inline(
             copy.meta["val"] = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, copy.meta["val"])
         env[node] = at = copy
     raise AssertionError("a graph ends in its output")
+
+
+def _lengths(graph: fx.Graph) -> list[fx.Node]:
+    """Inputs of the program off which free lengths are read; none where only the batch size is free."""
+    found: dict[Any, fx.Node] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        for size in value.shape if isinstance(value, torch.Tensor) else ():
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                found.setdefault(size.node.expr, node)
+    return list(dict.fromkeys(found.values())) if len(found) > 1 else []
 
 
 def _layout(node: fx.Node) -> Hashable:

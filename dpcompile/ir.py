@@ -7,8 +7,12 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
+
+Size = int | sympy.Expr
+"""A size, or a factor of one: a number, or an expression in the lengths that a call may choose."""
 
 
 class InputKind(Enum):
@@ -64,6 +68,7 @@ class Program:
     outputs: tuple[Output, ...]
     batch: torch.SymInt  # the batch size as a free symbol of the graph's ShapeEnv
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    lengths: tuple[torch.SymInt, ...] = ()  # other sizes of user inputs that a call may choose, as free symbols
 
     def __reduce__(self) -> Any:
         """A stored program runs; it has no fake tensors any more, so it cannot be compiled further."""
@@ -97,8 +102,8 @@ class Axis:
     """Where the batch lies: dimension `dim` has size outer * B * inner, sample i at [:, i, :] of its unfolding."""
 
     dim: int
-    outer: int = 1
-    inner: int = 1
+    outer: Size = 1
+    inner: Size = 1
 
     @property
     def folded(self) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from fractions import Fraction
 from typing import Any
 
 import sympy
@@ -54,6 +56,7 @@ class Part:
     plain: Cost
     options: Mapping[Method, Cost]
     products: tuple[Product, ...] = ()  # those that other parts may share
+    free: bool = False  # T follows a length that calls may choose, and is that of the sample
 
     def size(self, symbol: sympy.Symbol) -> int:
         return self.sizes[symbol]
@@ -71,9 +74,23 @@ class GroupCost:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Lengths relative to the sample's, from the least to the greatest; None: any greater one."""
+
+    least: Fraction
+    greatest: Fraction | None
+
+    def of(self, positions: int) -> tuple[int, int | None]:
+        """The same for something that has so many positions in the sample."""
+        greatest = None if self.greatest is None else math.floor(self.greatest * positions)
+        return math.ceil(self.least * positions), greatest
+
+
+@dataclass(frozen=True)
 class Choice:
     method: Method
     reason: str
+    span: Span | None = None  # where T follows a free length: the lengths for which the choice stays
 
 
 @dataclass(frozen=True)
@@ -95,6 +112,7 @@ class Plan:
     unused: tuple[str, ...] = ()
     clip_groups: tuple[tuple[str, ...], ...] = ()  # groups of uses that are clipped by one norm; empty: all by one
     checkpointed: int = 0  # regions of torch.utils.checkpoint in the model
+    lengths: Mapping[str, int] = field(default_factory=dict)  # free lengths by name, with the sample's sizes
 
     def method(self, group: str) -> Method:
         return self.choices[group].method

@@ -27,11 +27,15 @@ def plan_text(plan: Plan) -> str:
     groups = rows_of(plan)
     shown = folded(groups)
     flat = [row for rows in shown for row in rows]
-    optional = [("uses", any(row.uses > 1 for row in flat)), ("G", any(row.size("G") > 1 for row in flat))]
+    optional = [
+        ("uses", any(row.uses > 1 for row in flat)),
+        ("G", any(row.size("G") > 1 for row in flat)),
+        ("best for T", any(row.span for row in flat)),
+    ]
     table = [{k: v for k, v in _cells(row).items() if (k, False) not in optional} for row in flat]
     return "\n".join(
         [
-            f"policy {plan.policy}, batch size {plan.batch_size}, device {_device(plan)}",
+            f"policy {plan.policy}, batch size {plan.batch_size}{_lengths(plan)}, device {_device(plan)}",
             "",
             *_table(table, left={"parameter", "op", "choice", "reason"}),
             "",
@@ -71,6 +75,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "flip": {"paper": f"T < {paper_flip()}"},
         "unused": list(plan.unused),
         "checkpointed": plan.checkpointed,
+        "lengths": dict(plan.lengths),
     }
 
 
@@ -114,8 +119,17 @@ def _cells(row: Row) -> dict[str, str]:
         "held": human(row.chosen.held_bytes, "B"),
         "flip T": "-" if row.flip_T is None else f"{row.flip_T:.0f}",
         "choice": row.method.value,
+        "best for T": _span(row),
         "reason": _short(row.reason),
     }
+
+
+def _span(row: Row) -> str:
+    """The lengths for which the choice stays the best."""
+    if row.span is None:
+        return "-"
+    least, greatest = row.span
+    return f"{least} up" if greatest is None else f"{least}-{greatest}"
 
 
 def _name(row: Row) -> str:
@@ -161,6 +175,7 @@ def _row_dict(row: Row) -> dict[str, Any]:
         "plain": vars(row.plain),
         "costs": {method.value: vars(numbers) for method, numbers in row.options},
         "flip_T": row.flip_T,
+        "best_for_T": row.span,
         "choice": row.method.value,
         "reason": row.reason,
     }
@@ -205,6 +220,11 @@ def _notes(plan: Plan) -> list[str]:
             "compute is kept from the forward"
         )
     return notes
+
+
+def _lengths(plan: Plan) -> str:
+    """The sample's sizes of lengths that calls may choose: choices were made at them."""
+    return "".join(f", {name} = {size} (free)" for name, size in plan.lengths.items())
 
 
 def _device(plan: Plan) -> str:

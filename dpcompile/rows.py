@@ -39,6 +39,7 @@ class Row:
     flip_T: float | None
     place: str = " "  # where the row stands among those of one weight: a bracket at its left
     alike: int = 1  # rows that differ by layer numbers only
+    span: tuple[int, int | None] | None = None  # T for which the choice stays, where a length is free
 
     @property
     def chosen(self) -> Numbers:
@@ -87,6 +88,7 @@ def _group_rows(plan: Plan, group: GroupCost) -> list[Row]:
                 choice.reason,
                 time_flip(part, plan.device, plan.batch_size),
                 place,
+                span=choice.span.of(part.size(T)) if choice.span and part.free else None,
             )
         )
     return rows

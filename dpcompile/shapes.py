@@ -16,11 +16,13 @@ Tensors carry their shape in their name: `rows_BGTp`, `sq_norm_B`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import sympy
 import torch
 
-from dpcompile.ir import Axis
+from dpcompile.ir import Axis, Size
+from dpcompile.torch_internals import symbolic_size
 
 B, T, D, P, G = (sympy.Symbol(letter, integer=True, positive=True) for letter in ("B", "T", "d", "p", "G"))
 
@@ -30,12 +32,38 @@ def at(expression: sympy.Expr, sizes: Mapping[sympy.Symbol, int]) -> sympy.Expr:
     return sympy.sympify(expression).subs(list(sizes.items()))
 
 
+def hint(size: Any) -> Any:
+    """The number that a size is for the sample: what choices look at. Comparing the size itself would fix it."""
+    return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat)) else size
+
+
+def is_one(size: int | torch.SymInt) -> bool:
+    """Of a size that is written as 1; a free length is not, whatever it is for a sample."""
+    return isinstance(size, int) and size == 1
+
+
+def count(size: Size, shown: int | torch.SymInt) -> int | torch.SymInt:
+    """A size as the number that it is in a trace, of which another size is shown."""
+    if isinstance(size, int):
+        return size
+    assert isinstance(shown, torch.SymInt)
+    return symbolic_size(size, shown)
+
+
+def unfolded(axis: Axis, tensor: torch.Tensor) -> tuple[int | torch.SymInt, ...]:
+    """The sizes (outer, B, inner) that dimension `axis.dim` of a batched tensor is folded from."""
+    return unfolded_size(axis, tensor.shape[axis.dim])
+
+
+def unfolded_size(axis: Axis, size: int | torch.SymInt) -> tuple[int | torch.SymInt, ...]:
+    """The same for the size itself."""
+    outer, inner = count(axis.outer, size), count(axis.inner, size)
+    return outer, size // (outer * inner), inner
+
+
 def unfold_batch(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     """The tensor with its batch axis as a dimension of its own: [..., outer, B, inner, ...] where it was folded."""
-    if not axis.folded:
-        return tensor
-    size = tensor.shape[axis.dim] // (axis.outer * axis.inner)
-    return tensor.unflatten(axis.dim, (axis.outer, size, axis.inner))
+    return tensor.unflatten(axis.dim, unfolded(axis, tensor)) if axis.folded else tensor
 
 
 def batch_first(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch._decomp import decomposition_table  # no public table holds the RNN decompositions
 from torch._dispatch.python import enable_python_dispatcher  # symbolic shapes need it inside make_fx
@@ -120,7 +121,7 @@ def trace(
     """
     table = torch.export.default_decompositions() if decompose else {}
     with symbolic_batch(), enable_python_dispatcher(), without_autocast():
-        if vmapped:
+        if vmapped and not _has_lengths(values):
             fn = _trace_vmapped(fn, values)
         with mode:
             module = make_fx(fn, decomposition_table=table, tracing_mode="real")(*values)
@@ -236,8 +237,58 @@ def without_vmap_loops() -> Iterator[None]:
         internals._set_vmap_fallback_enabled(before)
 
 
+def symbolic_size(expr: sympy.Expr, shown: torch.SymInt) -> torch.SymInt:
+    """An expression in sizes as a size of the ShapeEnv that another size is shown of.
+
+    make_fx finds the ops that compute it where the tensors of the trace show the symbols in it.
+    """
+    made = shown.node.shape_env.create_symintnode(expr, hint=int(expr.subs(list(sample_sizes(shown).items()))))
+    assert isinstance(made, torch.SymInt)
+    return made
+
+
+def sample_sizes(size: torch.SymInt) -> dict[sympy.Symbol, int]:
+    """What the free symbols of a size's ShapeEnv are for the sample (torch 2.13 renamed the attribute)."""
+    env = size.node.shape_env
+    known = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
+    return {symbol: int(value) for symbol, value in known.items()}
+
+
+def bounds_of(size: torch.SymInt) -> tuple[int, int | None]:
+    """The least and the greatest value of a free size that traces have left; None: any."""
+    env, symbol = size.node.shape_env, size.node.expr
+    least, greatest = 0, None
+    for own, values in env.var_to_range.items():  # those of sizes that were found to be equal count for it
+        if env.simplify(own) != symbol:
+            continue
+        least = max(least, int(values.lower))
+        if values.upper.is_Integer:
+            greatest = int(values.upper) if greatest is None else min(greatest, int(values.upper))
+    return least, greatest
+
+
+def decisions_on(size: torch.SymInt) -> list[sympy.Basic]:
+    """What traces have found to be true of a free size, beyond its bounds: other values may lead to other graphs."""
+    env = size.node.shape_env
+    found = [env.simplify(guard.expr) for guard in env.guards]
+    return list(dict.fromkeys(expr for expr in found if size.node.expr in expr.free_symbols))
+
+
 def _number(size: int | torch.SymInt) -> int:
     return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def _has_lengths(values: Sequence[Any]) -> bool:
+    """Whether sizes beside the batch size are free. One number for each could not be told apart in a trace."""
+    symbols = {
+        symbol
+        for value in values
+        if isinstance(value, torch.Tensor)
+        for size in value.shape
+        if isinstance(size, torch.SymInt)
+        for symbol in size.node.expr.free_symbols
+    }
+    return len(symbols) > 1
 
 
 def _batch_of(values: Sequence[Any]) -> tuple[int, int, int, int]:

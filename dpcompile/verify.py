@@ -52,6 +52,9 @@ def _batch_free(program: Program) -> str | None:
     """
     if not program.batch.node.expr.free_symbols:
         return f"the batch size was fixed to {program.batch}"
+    for length in program.lengths:
+        if not length.node.expr.free_symbols:
+            return f"a length that calls may choose was fixed to {length}"
     hint = program.batch.node.hint
     for node in program.graph.nodes:
         if node.op != "call_function":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -14,11 +15,12 @@ from torch.export.graph_signature import ConstantArgument
 from torch.export.graph_signature import OutputKind as ExportOutputKind
 from torch.utils import _pytree as pytree
 
-from dpcompile.calls import CallSpec
+from dpcompile.calls import CallSpec, LeafSpec, in_program
 from dpcompile.cells import CELLS
 from dpcompile.choices import choice_by_data, line_of, user_frames
 from dpcompile.errors import CaptureError, DPCompileError, Finding, refusal
 from dpcompile.ir import Input, InputKind, Output, OutputKind, Program
+from dpcompile.lengths import CURE, FREE, Length, asked_range
 from dpcompile.origin import op_name, origin
 from dpcompile.rules.batching import rule_for
 from dpcompile.rules.batching.base import NEW_RULE, size_of
@@ -40,6 +42,7 @@ HINTS = (1009, 1013, 1019, 1021, 1031, 1033)
 @dataclass(frozen=True)
 class Captured:
     program: Program
+    call: CallSpec  # with the lengths that are free, by name
     out_spec: pytree.TreeSpec  # how the flat user outputs become the model's own return value
     checkpointed: int = 0  # regions of torch.utils.checkpoint
 
@@ -103,9 +106,7 @@ def capture(
     root = _Root(model, call, loss_fn, loss_reduction, out_specs.append)
     root.training = model.training
     sample = call.sample_leaves(_hint(model, call))
-    dynamic = tuple(
-        {leaf.batch_dim: torch.export.Dim.DYNAMIC} if leaf.batch_dim is not None else None for leaf in call.leaves
-    )
+    dynamic = tuple(_free_dims(leaf, call.views) for leaf in call.leaves)
     try:
         with symbolic_batch(), users_frames(), warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")  # torch.export's own deprecations: nothing a user could act on
@@ -120,7 +121,16 @@ def capture(
         raise
     except Exception as error:
         raise CaptureError(_capture_message(model, call, error)) from error
-    return Captured(_program_of(exported, model, call), out_specs[-1], len(regions))
+    program, call = _with_lengths(_program_of(exported, model, call), call)
+    return Captured(program, call, out_specs[-1], len(regions))
+
+
+def _free_dims(leaf: LeafSpec, views: int) -> dict[int, Any] | None:
+    """What torch.export is told of one input: which of its sizes are free."""
+    if leaf.shape is None:
+        return None
+    free = {} if leaf.batch_dim is None else {leaf.batch_dim: FREE}
+    return free | {in_program(leaf, dim, views): what for dim, what in leaf.free.items()} or None
 
 
 def _hint(model: nn.Module, call: CallSpec) -> int:
@@ -135,6 +145,13 @@ def _capture_message(model: nn.Module, call: CallSpec, error: Exception) -> str:
     choice = choice_by_data(error)
     if choice is not None:
         return f"capture: the forward of {type(model).__name__} {choice}"
+    length = next((name for name in _fixed_sizes(reason, call) if name), None)
+    if length is not None:
+        return (
+            f"capture: the forward of {type(model).__name__} makes a plain number of {length}, which dynamic= frees.\n"
+            "  int(x.shape[1]), a literal, a loop over positions in Python, or an LSTM, GRU or RNN, which is computed "
+            f"step by step, does so. {CURE}"
+        )
     if "specialized it to be a constant" in reason:
         return (
             f"capture: the forward of {type(model).__name__} makes a plain number of the batch size, with "
@@ -158,6 +175,14 @@ def _capture_message(model: nn.Module, call: CallSpec, error: Exception) -> str:
         f"capture: {type(model).__name__} cannot be captured with {call.describe()}.\n"
         f"  {type(error).__name__}: {reason}{where}"
     )
+
+
+def _fixed_sizes(reason: str, call: CallSpec) -> Iterator[str]:
+    """The sizes that torch.export says the model has fixed, by the input that has them; "" for the batch size."""
+    for i, dim in re.findall(r"L\['leaves'\]\[(\d+)\]\.size\(\)\[(\d+)\]", reason):
+        leaf = call.leaves[int(i)]
+        own = next((d for d in leaf.free if in_program(leaf, d, call.views) == int(dim)), None)
+        yield "" if own is None else f"dimension {own} of `{leaf.name}`"
 
 
 def _register_known_outputs() -> None:
@@ -319,6 +344,33 @@ def _program_of(exported: torch.export.ExportedProgram, model: nn.Module, call: 
             )
     inputs = _merge_aliases(exported.graph, inputs, {name: id(p) for name, p in named.items()}, model)
     return Program(exported.graph_module, tuple(inputs), tuple(outputs), _batch_symbol(exported, inputs), constants)
+
+
+def _with_lengths(program: Program, call: CallSpec) -> tuple[Program, CallSpec]:
+    """The program with its free lengths, and the call with their names: those of the caller's Dims, else T, T2, ..."""
+    nodes = program.nodes()
+    sizes: dict[Any, torch.SymInt] = {}
+    lengths: dict[Any, Length] = {}
+    leaves = []
+    for leaf, item in zip(call.leaves, program.inputs_of(InputKind.USER), strict=True):
+        free = {}
+        for dim, what in leaf.free.items():
+            size = nodes[item.node].meta["val"].shape[in_program(leaf, dim, call.views)]
+            expr = size.node.expr if isinstance(size, torch.SymInt) else None
+            if expr is None or not expr.free_symbols:
+                continue  # Dim.AUTO leaves it to the model to fix a size
+            if not expr.is_Symbol or expr == program.batch.node.expr:
+                what_it_is = "the batch size" if expr == program.batch.node.expr else f"computed from others ({expr})"
+                raise CaptureError(
+                    f"capture: dimension {dim} of `{leaf.name}` is no length of its own but {what_it_is}. {CURE}"
+                )
+            sizes.setdefault(expr, size)
+            lengths.setdefault(expr, asked_range(what, f"T{len(lengths) + 1 if lengths else ''}"))
+            free[dim] = lengths[expr].name
+        leaves.append(replace(leaf, free=free))
+    return replace(program, lengths=tuple(sizes.values())), replace(
+        call, leaves=tuple(leaves), lengths=tuple(lengths.values())
+    )
 
 
 def _renormalised(graph: fx.Graph) -> str | None:

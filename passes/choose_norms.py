@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+
 from dpcompile.clipping import Clipping
 from dpcompile.device import DeviceSpec
 from dpcompile.ir import Program, Uses
-from dpcompile.plan import Choice, Costs, GroupCost, Method, Plan
+from dpcompile.plan import Choice, Costs, GroupCost, Method, Part, Plan, Span
 from dpcompile.shapes import B, D, P, T
 
 POLICIES = ("auto", "paper", "ghost", "explicit")
@@ -27,7 +31,7 @@ def choose_norms(
     - "paper": ghost where 2 T^2 < p d, else explicit (mixed ghost clipping, arXiv:2205.10683 eq. 4.2).
     - "ghost", "explicit": that one wherever it exists.
     """
-    choices = {group.name: _choose(group, device, policy, batch_size) for group in costs.groups}
+    choices = {group.name: _with_span(group, device, policy, batch_size) for group in costs.groups}
     targets = {i.node: i.target for i in program.inputs}
     dead = [g for g in uses.groups if g.name not in choices]
     unused = tuple(targets[p] for p in uses.unused) + tuple(targets[p] for g in dead for p in g.params)
@@ -38,6 +42,44 @@ def choose_norms(
                 together.setdefault(index, []).append(group.name)
     clip_groups = tuple(tuple(names) for names in together.values())
     return Plan(policy, device, batch_size, costs, choices, tuple(dict.fromkeys(unused)), clip_groups)
+
+
+LONGEST = 2**20
+"""Positions beyond which nobody asks for what a choice turns into."""
+
+
+def _with_span(group: GroupCost, device: DeviceSpec, policy: str, batch_size: int) -> Choice:
+    """The choice at the sample's lengths; where they are free, with those at which it is the same."""
+    choice = _choose(group, device, policy, batch_size)
+    here = max((part.size(T) for part in group.parts if part.free and part.kind in ("outer", "onehot")), default=0)
+    if here < 2:
+        return choice
+
+    def same(positions: int) -> bool:
+        scaled = GroupCost(group.name, tuple(_scaled(part, Fraction(positions, here)) for part in group.parts))
+        return _choose(scaled, device, policy, batch_size).method is choice.method
+
+    least, greatest = _edge(same, here, 2), _edge(same, here, LONGEST)
+    return replace(choice, span=Span(Fraction(least, here), Fraction(greatest, here) if greatest < LONGEST else None))
+
+
+def _scaled(part: Part, factor: Fraction) -> Part:
+    """The part at other lengths; pairs of positions, those of a cross term, grow with the square."""
+    if not part.free:
+        return part
+    power = 2 if part.kind == "cross" else 1
+    return replace(part, sizes={**part.sizes, T: max(int(part.size(T) * factor**power), 1)})
+
+
+def _edge(same: Callable[[int], bool], inside: int, end: int) -> int:
+    """The last number from `inside` towards `end` of which `same` is true, if it turns at most once on the way."""
+    if same(end):
+        return end
+    outside = end
+    while abs(outside - inside) > 1:
+        middle = (inside + outside) // 2
+        inside, outside = (middle, outside) if same(middle) else (inside, middle)
+    return inside
 
 
 def _choose(group: GroupCost, device: DeviceSpec, policy: str, batch_size: int) -> Choice:

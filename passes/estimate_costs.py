@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -15,8 +16,9 @@ from dpcompile.ir import Backward, Group, Program, Site, Space
 from dpcompile.passes.combine import GroupReader
 from dpcompile.plan import Cost, Costs, GroupCost, Method, Part, Product
 from dpcompile.rules import costs as rules
+from dpcompile.rules.batching.base import shape_of
 from dpcompile.shapes import B, D, G, P, T, at
-from dpcompile.torch_internals import fake_mode_of, trace
+from dpcompile.torch_internals import fake_mode_of, sample_sizes, trace
 
 
 def estimate_costs(backward: Backward, readers: Sequence[GroupReader]) -> Costs:
@@ -59,15 +61,23 @@ def _parts(reader: GroupReader, backward: Backward, e: int) -> list[Part]:
             options = {Method.KEPT: options[Method.KEPT]}
         shareable = ghost or (work.kind == "explicit" and len(merged) == 1 and group.space is not Space.PULLBACK)
         products = _products(alike, backward, sizes) if shareable else ()
-        parts.append(_part(group, alike, work.kind, sizes, plain, options, products))
+        part = _part(group, alike, work.kind, sizes, plain, options, products)
+        parts.append(replace(part, free=any(_has_length(backward, site) for site in alike)))
     if ghost and len(merged) == 2:
         (left, work, left_T), (_, _, right_T) = sorted(merged, key=lambda item: item[1].kind)
         plain, options = rules.cross(e, left_T, right_T)
         sizes = {T: left_T * right_T, D: work.d, P: work.p, G: 1}
         parts.append(_part(group, left, "cross", sizes, plain, options))
     if reader.vmapped:
-        parts.append(_counted(reader, parts, e))
+        parts.append(_counted(reader, parts, e, backward.program.batch))
     return parts
+
+
+def _has_length(backward: Backward, site: Site) -> bool:
+    """Whether a length that calls may choose is in the shape of a site's gradient."""
+    lengths = {length.node.expr for length in backward.program.lengths}
+    shape = shape_of(backward.program.node(backward.sites[site.name].grad)) if lengths else ()
+    return any(not isinstance(size, int) and lengths & size.free_symbols for size in shape)
 
 
 def _products(sites: Sequence[Site], backward: Backward, sizes: dict[sympy.Symbol, int]) -> tuple[Product, ...]:
@@ -89,7 +99,7 @@ def _products(sites: Sequence[Site], backward: Backward, sizes: dict[sympy.Symbo
     )
 
 
-def _counted(reader: GroupReader, parts: Sequence[Part], e: int) -> Part:
+def _counted(reader: GroupReader, parts: Sequence[Part], e: int, batch: torch.SymInt) -> Part:
     """What vmap adds to a group: the traced norm's flops beyond those of the parts, and the plain chain's."""
     group, mode = reader.group, fake_mode_of(reader.inputs[0].graph)
     pullback = group.space is Space.PULLBACK
@@ -101,30 +111,30 @@ def _counted(reader: GroupReader, parts: Sequence[Part], e: int) -> Part:
         (at(part.plain.flops, part.sizes) for part in parts if part.kind == "outer"),
         sympy.Integer(0),
     )
-    norm = flops_behind(traced, len(reader.inputs)) - own
+    norm = flops_behind(traced, len(reader.inputs), batch) - own
     plain: sympy.Expr = sympy.Integer(0)
     numel = 0
     if pullback:
         values = [node.meta["val"] for node in (*reader.value_nodes(), *reader.sources)]
         chain = trace(reader.plain_backward, *values, mode=mode).graph
-        plain = flops_behind(chain, len(reader.value_nodes()))
+        plain = flops_behind(chain, len(reader.value_nodes()), batch)
         numel = sum(node.meta["val"].numel() for node in reader.params_nodes())
-    plain += _plain_flops(reader)
+    plain += _plain_flops(reader, batch)
     cost, options = rules.pulled(e, norm, plain, numel)
     sizes = {T: 1, D: 1, P: max(numel, 1), G: 1}
     return _part(group, reader.sites, "pullback" if pullback else "vmap", sizes, cost, options)
 
 
-def _plain_flops(reader: GroupReader) -> sympy.Expr:
+def _plain_flops(reader: GroupReader, batch: torch.SymInt) -> sympy.Expr:
     """Flops of plain parameter gradients at the sites that vmap handles."""
     graph = trace(
         reader.plain_sites, *(node.meta["val"] for node in reader.inputs), mode=fake_mode_of(reader.inputs[0].graph)
     ).graph
     graph.eliminate_dead_code()
-    return flops_behind(graph, len(reader.inputs))
+    return flops_behind(graph, len(reader.inputs), batch)
 
 
-def flops_behind(graph: fx.Graph, count: int) -> sympy.Expr:
+def flops_behind(graph: fx.Graph, count: int, batch: torch.SymInt) -> sympy.Expr:
     """Flops of what depends on the first `count` inputs; the rest is forward work that stands elsewhere already."""
     late = set(graph.find_nodes(op="placeholder")[:count])
     total: sympy.Expr = sympy.Integer(0)
@@ -132,7 +142,14 @@ def flops_behind(graph: fx.Graph, count: int) -> sympy.Expr:
         if late.intersection(node.all_input_nodes):
             late.add(node)
             total += flops_of(node)
-    return sympy.expand(total.subs(dict.fromkeys(total.free_symbols, B)))
+    return _in_batch_size(total, batch)
+
+
+def _in_batch_size(flops: sympy.Expr, batch: torch.SymInt) -> sympy.Expr:
+    """Flops as an expression in B; free lengths are those of the sample."""
+    symbol = batch.node.expr
+    lengths = [(length, size) for length, size in sample_sizes(batch).items() if length != symbol]
+    return sympy.expand(flops.subs(lengths).subs(symbol, B))
 
 
 def _part(
@@ -151,12 +168,7 @@ def _part(
 
 def count_flops(program: Program) -> sympy.Expr:
     """Matmul flops of a program, in B, by torch's own formulas (torch.utils.flop_counter) on symbolic shapes."""
-    return graph_flops(program.graph)
-
-
-def graph_flops(graph: fx.Graph) -> sympy.Expr:
-    total = sum((flops_of(node) for node in graph.nodes), sympy.Integer(0))
-    return sympy.expand(total.subs(dict.fromkeys(total.free_symbols, B)))
+    return _in_batch_size(sum((flops_of(node) for node in program.graph.nodes), sympy.Integer(0)), program.batch)
 
 
 def flops_of(node: fx.Node) -> sympy.Expr:

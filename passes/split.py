@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -38,6 +38,7 @@ def split(program: Program) -> Split:
         raise InvalidGraphError("split: the model's outputs depend on the gradients of the outputs")
     backward = _ancestors([nodes[o.node] for o in made if o.node is not None])
     crossing = _crossing(graph, forward, backward, late)
+    crossing = _with_lengths(program, crossing)
     forward_inputs = [i for i in program.inputs if nodes[i.node] not in late]
     saved = tuple(node.name for node in crossing)
     front = _extract(program, forward, [*forward_inputs], own, crossing)
@@ -71,21 +72,40 @@ def _crossing(graph: fx.Graph, forward: set[fx.Node], backward: set[fx.Node], la
     return found
 
 
+def _with_lengths(program: Program, crossing: list[fx.Node]) -> list[fx.Node]:
+    """With an input of the user for each free length that nothing else shows to the backward."""
+    inputs = [node for node in program.graph.find_nodes(op="placeholder") if node not in crossing]
+    more = [
+        next(node for node in inputs if _dim_of(node, length) is not None)
+        for length in program.lengths
+        if all(_dim_of(node, length) is None for node in crossing)
+    ]
+    return [*dict.fromkeys(more), *crossing]
+
+
 def _is_size(node: fx.Node) -> bool:
-    """Sizes do not cross: each graph reads them off its own inputs."""
-    return isinstance(node.meta.get("val"), torch.SymInt)
+    """Sizes, and numbers made from them, do not cross: each graph reads them off its own inputs."""
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
-def _batch_size(graph: fx.Graph, batch: torch.SymInt, placeholders: Sequence[fx.Node]) -> fx.Node:
-    """The batch size, read off an input that has it: a user's in the forward, the sample weights in the backward."""
+def _dim_of(node: fx.Node, size: torch.SymInt) -> int | None:
+    """The dimension of a node's tensor that has this size."""
+    value = node.meta.get("val")
+    for dim, own in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+        if isinstance(own, torch.SymInt) and own.node.expr == size.node.expr:
+            return dim
+    return None
+
+
+def _read(graph: fx.Graph, size: torch.SymInt, placeholders: Sequence[fx.Node]) -> fx.Node:
+    """A size, read off an input that has it: for the batch a user's in the forward, the weights in the backward."""
     for node in placeholders:
-        value = node.meta.get("val")
-        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-            if isinstance(size, torch.SymInt) and size.node.expr == batch.node.expr:
-                read = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
-                read.meta["val"] = batch
-                return read
-    raise InvalidGraphError("split: no input of the graph has the batch size")
+        dim = _dim_of(node, size)
+        if dim is not None:
+            read = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+            read.meta["val"] = size
+            return read
+    raise InvalidGraphError(f"split: no input of the graph has the size {size}")
 
 
 def _extract(
@@ -104,7 +124,7 @@ def _extract(
         env[node].meta = dict(node.meta)
     for node in program.graph.nodes:
         if node in keep and node.target is torch.ops.aten.sym_size.int and node.args[0] not in env:
-            env[node] = _batch_size(graph, program.batch, list(env.values()))
+            env[node] = _read(graph, node.meta["val"], list(env.values()))
         elif (node in keep and node.op == "call_function" and node not in env) or (
             node in keep and node.op == "get_attr"
         ):
@@ -118,4 +138,4 @@ def _extract(
         for o in outputs
     )
     own_inputs = tuple(Input(env[nodes[i.node]].name, i.kind, i.target, i.trainable, i.batch_dim) for i in inputs)
-    return Program(module, own_inputs, renamed, program.batch, program.constants)
+    return replace(program, module=module, inputs=own_inputs, outputs=renamed)

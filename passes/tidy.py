@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -65,31 +66,69 @@ def reshape_views(graph: fx.Graph) -> None:
 
 
 def name_sizes(program: Program) -> None:
-    """Every size that is a multiple of the batch size becomes that multiple of one node.
+    """Every size that is a polynomial in the batch size and free lengths is computed from one node for each of them.
 
     A size read off an activation would keep the activation alive for its shape alone.
     """
     graph = program.graph
-    symbol = program.batch.node.expr
-    source = next(i for i in program.inputs if i.batch_dim is not None)
-    last = list(graph.find_nodes(op="placeholder"))[-1]
-    with graph.inserting_after(last):
-        batch = graph.call_function(aten.sym_size.int, (program.node(source.node), source.batch_dim))
-    batch.meta["val"] = program.batch
-    made: dict[int, fx.Node] = {1: batch}
+    named = _Named(program)
     for node in list(graph.nodes):
         value = node.meta.get("val")
-        if node is batch or node.op != "call_function" or not isinstance(value, torch.SymInt):
+        if node.op != "call_function" or not isinstance(value, torch.SymInt) or node in named.nodes.values():
             continue
-        factor = value.node.expr / symbol
-        if not factor.is_Integer:
-            continue
-        if int(factor) not in made:
-            with graph.inserting_after(batch):
-                made[int(factor)] = graph.call_function(operator.mul, (batch, int(factor)))
-            made[int(factor)].meta["val"] = value
-        node.replace_all_uses_with(made[int(factor)])
-        graph.erase_node(node)
+        made = named.computed(value.node.expr)
+        if made is not None:
+            node.replace_all_uses_with(made)
+            graph.erase_node(node)
+
+
+class _Named:
+    """Nodes for the free sizes of a program and what is computed from them, behind its placeholders."""
+
+    def __init__(self, program: Program) -> None:
+        self._graph = program.graph
+        placeholders = list(program.graph.find_nodes(op="placeholder"))
+        self._at = placeholders[-1]
+        self.nodes: dict[sympy.Expr, fx.Node] = {}
+        for size in (program.batch, *program.lengths):
+            source, dim = next(
+                (node, dim)
+                for node in placeholders
+                for dim, own in enumerate(getattr(node.meta.get("val"), "shape", ()))
+                if isinstance(own, torch.SymInt) and own.node.expr == size.node.expr
+            )
+            self._add(size.node.expr, aten.sym_size.int, source, dim).meta["val"] = size
+        self._symbols = list(self.nodes)
+
+    def computed(self, expr: sympy.Expr) -> fx.Node | None:
+        """The node of a polynomial in the free sizes; None for anything else."""
+        if not expr.free_symbols or not expr.is_polynomial(*self._symbols):
+            return None
+        expr = sympy.expand(expr)
+        if expr not in self.nodes:
+            terms = sympy.Poly(expr, *self._symbols).terms()
+            if any(not factor.is_Integer for _, factor in terms):
+                return None
+            for powers, factor in terms:
+                parts = [s for s, power in zip(self._symbols, powers, strict=True) for _ in range(power)]
+                self._join(operator.mul, [*parts, factor] if factor != 1 or not parts else parts)
+            self._join(operator.add, [factor * sympy.prod(map(sympy.Pow, self._symbols, p)) for p, factor in terms])
+        return self.nodes[expr]
+
+    def _join(self, op: Any, parts: list[Any]) -> None:
+        so_far = parts[0]
+        for part in parts[1:]:
+            both = op(so_far, part)
+            if both not in self.nodes:
+                left, right = (int(p) if p.is_Integer else self.nodes[p] for p in (so_far, part))
+                made = self._add(both, op, left, right)
+                made.meta["val"] = op(*(p.meta["val"] if isinstance(p, fx.Node) else p for p in (left, right)))
+            so_far = both
+
+    def _add(self, expr: sympy.Expr, target: Any, *args: Any) -> fx.Node:
+        with self._graph.inserting_after(self._at):
+            self._at = self.nodes[expr] = self._graph.call_function(target, args)
+        return self._at
 
 
 def merge_common(graph: fx.Graph) -> None:

@@ -7,6 +7,7 @@ tensor whose gradient its form needs; one call of autograd.grad asks for those, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -183,4 +184,4 @@ def _assemble(module: fx.GraphModule, program: Program, tangents: tuple[int, ...
     # everything of interest stays alive until the rewrites have read it; `tidy` drops the rest
     if len(flat) != at + len(leaves):
         raise InvalidGraphError("trace-backward: results do not match what was asked for")
-    return Backward(Program(module, inputs, outputs, program.batch, program.constants), sites, leaves)
+    return Backward(replace(program, module=module, inputs=inputs, outputs=outputs), sites, leaves)

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from dpcompile.errors import Finding
-from dpcompile.ir import Axis, InputKind, Kind, Output, OutputKind, Program, Tracked, Value
+from dpcompile.ir import Axis, InputKind, Kind, Output, OutputKind, Program, Size, Tracked, Value
 from dpcompile.origin import op_name, origin
 from dpcompile.rules.batching import READS_GRAPH, SHAPE_ONLY, TAKES_ROWS, TAKES_SIZES, rule_for
 from dpcompile.rules.batching.base import (
@@ -31,8 +31,8 @@ from dpcompile.rules.batching.base import (
     Call,
     Mixes,
     Result,
-    Size,
     batched,
+    product,
     shape_of,
 )
 from dpcompile.rules.batching.reduced import of_reduced
@@ -172,7 +172,7 @@ class _Tracker:
             shape, axis = shape_of(tensor), value.axis
             fits = self.batch.dims(shape) == ([axis.dim] if axis is not None else [])
             if axis is not None and fits:
-                fits = self.batch.multiple(shape[axis.dim]) == axis.outer * axis.inner
+                fits = self.batch.multiple(shape[axis.dim]) == product((axis.outer, axis.inner))
             if not fits and 0 not in shape:
                 problem = f"gives a result of shape {list(tensor.shape)} where no rule tells whose data is where"
                 raise Mixes(problem, NEW_RULE, never=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,8 @@ import sympy
 import torch
 from torch import fx
 
-from dpcompile.ir import Axis, Kind, Value
+from dpcompile.ir import Axis, Kind, Size, Value
 
-Size = int | sympy.Expr
 Result = Value | tuple[Value, ...]
 
 CONSTANT = Value(Kind.CONSTANT)
@@ -41,21 +40,27 @@ class BatchSymbol:
 
     def __init__(self, batch: torch.SymInt) -> None:
         self.expr: sympy.Expr = batch.node.expr
-        self._multiples: dict[sympy.Expr, int | None] = {self.expr: 1}
+        self._multiples: dict[sympy.Expr, Size | None] = {self.expr: 1}
 
-    def multiple(self, size: Size) -> int | None:
-        """c where size = c * B: 0 for a size without B, None for one that is no multiple, such as B + 1."""
+    def multiple(self, size: Size) -> Size | None:
+        """c where size = c * B: 0 for a size without B, None for one that is no multiple, such as B + 1.
+
+        Where lengths are free c may have them in it.
+        """
         if isinstance(size, int):
             return 0
         if size not in self._multiples:
             self._multiples[size] = self._divide(size)
         return self._multiples[size]
 
-    def _divide(self, size: sympy.Expr) -> int | None:
+    def _divide(self, size: sympy.Expr) -> Size | None:
         if self.expr not in size.free_symbols:
             return 0
-        quotient = sympy.cancel(size / self.expr)
-        return int(quotient) if quotient.is_Integer and quotient > 0 else None
+        found = quotient(size, self.expr)
+        return None if found is None or self.has(found) else found
+
+    def has(self, size: Size) -> bool:
+        return not isinstance(size, int) and self.expr in size.free_symbols
 
     def is_multiple(self, number: Any) -> bool:
         """Whether a number of the graph is B or an integer multiple of it."""
@@ -73,10 +78,32 @@ class BatchSymbol:
 
 def size_of(size: int | torch.SymInt) -> Size:
     """A size as an int or a sympy expression; comparing SymInts themselves would add guards to the graph."""
-    if isinstance(size, int):
-        return size
-    expr = size.node.expr
+    return size if isinstance(size, int) else _plain(size.node.expr)
+
+
+def _plain(expr: sympy.Expr) -> Size:
     return int(expr) if expr.is_Integer else expr
+
+
+def quotient(size: Size, by: Size) -> Size | None:
+    """size / by where that is a whole number whatever the lengths are, and positive; else None."""
+    if isinstance(size, int) and isinstance(by, int):
+        return size // by if by and size % by == 0 and size // by > 0 else None
+    found = sympy.cancel(sympy.sympify(size) / by)
+    if found.is_Integer:
+        return int(found) if found > 0 else None
+    over = sympy.fraction(sympy.together(found))[1]
+    return found if over == 1 and found.is_integer and found.is_polynomial() else None
+
+
+def product(sizes: Iterable[Size]) -> Size:
+    """As one number or expression; two that are equal for all lengths compare equal."""
+    return _plain(sympy.expand(sympy.prod(sizes)))
+
+
+def total(sizes: Iterable[Size]) -> Size:
+    """As `product`."""
+    return _plain(sympy.expand(sympy.Add(*sizes)))
 
 
 def batched(axis: Axis) -> Value:

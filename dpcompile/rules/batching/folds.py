@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import sympy
 
-from dpcompile.ir import Axis, Value
-from dpcompile.rules.batching.base import CONSTANT, Call, Mixes, Size, batched, move, shape_of
+from dpcompile.ir import Axis, Size, Value
+from dpcompile.rules.batching.base import (
+    CONSTANT,
+    Call,
+    Mixes,
+    batched,
+    move,
+    product,
+    quotient,
+    shape_of,
+    total,
+)
 from dpcompile.rules.batching.views import PICK
 
 
@@ -28,25 +38,16 @@ def refold(call: Call, axis: Axis, before: tuple[Size, ...], after: tuple[Size, 
         raise Mixes("reshapes the batch into several dimensions" if dims else "reshapes the batch away")
     dim = dims[0]
     multiple = call.batch.multiple(after[dim])
-    suffix, stride = _product(after[dim + 1 :]), _product(before[axis.dim + 1 :])
-    if multiple is None or suffix is None or stride is None:
+    suffix, stride = product(after[dim + 1 :]), product(before[axis.dim + 1 :])
+    if multiple is None or call.batch.has(suffix) or call.batch.has(stride):
         raise Mixes("splits the batch by a fixed number")
     if suffix == 0:
         return Axis(dim, 1, multiple)  # no elements at all
-    inner, rest = divmod(axis.inner * stride, suffix)
-    if rest != 0 or inner == 0 or multiple % inner != 0:
+    inner = quotient(product((axis.inner, stride)), suffix)
+    outer = None if inner is None else quotient(multiple, inner)
+    if inner is None or outer is None:
         raise Mixes("puts elements of different samples into one row")
-    return Axis(dim, multiple // inner, inner)
-
-
-def _product(sizes: tuple[Size, ...]) -> int | None:
-    """The number of elements; None where it is not a plain number."""
-    product = 1
-    for size in sizes:
-        if not isinstance(size, int):
-            return None
-        product *= size
-    return product
+    return Axis(dim, outer, inner)
 
 
 def expand(call: Call) -> Value:
@@ -95,7 +96,7 @@ def cat(call: Call) -> Value:
         return batched(axes[0])
     if len(axes) != len(items) or any((a.dim, a.inner) != (dim, axes[0].inner) for a in axes):
         raise Mixes("appends rows to the batch", "Append along another dimension.")
-    return batched(Axis(dim, sum(a.outer for a in axes), axes[0].inner))
+    return batched(Axis(dim, total(a.outer for a in axes), axes[0].inner))
 
 
 def repeat(call: Call) -> Value:
@@ -106,9 +107,10 @@ def repeat(call: Call) -> Value:
         return copies(call, dims, shape) if dims else value
     dim = value.axis.dim + len(shape) - len(before)
     multiple = call.batch.multiple(shape[dim])
-    if multiple is None or len(dims) != 1:
+    outer = None if multiple is None else quotient(multiple, value.axis.inner)
+    if outer is None or len(dims) != 1:
         raise Mixes("repeats the batch once for each sample")
-    return Value(value.kind, Axis(dim, multiple // value.axis.inner, value.axis.inner))
+    return Value(value.kind, Axis(dim, outer, value.axis.inner))
 
 
 def repeat_interleave(call: Call) -> Value:
@@ -124,11 +126,11 @@ def repeat_interleave(call: Call) -> Value:
         size = before[dim] if before else 1
         if isinstance(size, int) and size > 0:
             return batched(Axis(dim, size, call.batch.multiple(repeats) or 1))
-    if axis is None or not isinstance(repeats, int):
+    if axis is None or not isinstance(repeats, (int, sympy.Expr)) or call.batch.has(repeats):
         raise Mixes("repeats samples a varying number of times", "Repeat each the same number of times.", never=False)
     if dim != axis.dim:
         return value
-    return Value(value.kind, Axis(axis.dim, axis.outer, axis.inner * repeats))
+    return Value(value.kind, Axis(axis.dim, axis.outer, product((axis.inner, repeats))))
 
 
 def slice_(call: Call) -> Value:
@@ -149,20 +151,11 @@ def slice_(call: Call) -> Value:
 
 def block(call: Call, axis: Axis, start: Size, length: Size, step: int = 1) -> Axis:
     """The axis of a slice of the batch dimension that takes whole outer blocks of B * inner."""
-    length_multiple = call.batch.multiple(length)
-    start_expr = sympy.sympify(start)
-    quotient = sympy.cancel(start_expr / call.batch.expr)
-    whole = (
-        step == 1
-        and length_multiple is not None
-        and length_multiple > 0
-        and quotient.is_Integer
-        and quotient % axis.inner == 0
-        and length_multiple % axis.inner == 0
-    )
-    if not whole or length_multiple is None:
+    row = product((axis.inner, call.batch.expr))
+    outer, skipped = quotient(length, row), 0 if start == 0 else quotient(start, row)
+    if step != 1 or outer is None or skipped is None or call.batch.has(outer) or call.batch.has(skipped):
         raise Mixes("picks some samples of the batch by their position", PICK)
-    return Axis(axis.dim, length_multiple // axis.inner, axis.inner)
+    return Axis(axis.dim, outer, axis.inner)
 
 
 def split(call: Call) -> tuple[Value, ...]:
@@ -172,9 +165,9 @@ def split(call: Call) -> tuple[Value, ...]:
     dim = call.dim("dim", len(call.shape("self")))
     if axis is None or dim != axis.dim or len(pieces) == 1:
         return (value,) * len(pieces)
-    found, start = [], sympy.Integer(0)
+    found, start = [], 0
     for piece in pieces:
         length = shape_of(piece)[dim]
         found.append(Value(value.kind, block(call, axis, start, length)))
-        start = start + length
+        start = total((start, length))
     return tuple(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from torch import fx
 
 from dpcompile.forms import Form
 from dpcompile.ir import Axis, Kind, Value
+from dpcompile.shapes import hint, unfolded
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,12 @@ class Call:
         return result[0] if isinstance(result, (tuple, list)) else result
 
     def shape(self, slot: str) -> tuple[int, ...]:
-        return tuple(int(size) for size in self.meta(slot).shape)
+        """As a trace takes it: where lengths are free, a value derived from a parameter may have one in its shape."""
+        return tuple(self.meta(slot).shape)
+
+    def sizes(self, slot: str) -> tuple[int, ...]:
+        """The numbers that the shape is for the sample."""
+        return tuple(map(hint, self.meta(slot).shape))
 
 
 @dataclass(frozen=True)
@@ -157,9 +164,7 @@ def tapped(result: torch.Tensor) -> torch.Tensor:
 
 
 def per_sample_size(tensor: torch.Tensor, axis: Axis) -> int:
-    """Elements of one sample's slice."""
-    count = axis.outer * axis.inner
-    for i, size in enumerate(tensor.shape):
-        if i != axis.dim:
-            count *= int(size)
-    return count
+    """Elements of one sample's slice; in a graph of free lengths, of the sample that was compiled with."""
+    rest = math.prod(hint(size) for i, size in enumerate(tensor.shape) if i != axis.dim)
+    outer, _, inner = unfolded(axis, tensor)
+    return rest * hint(outer) * hint(inner)

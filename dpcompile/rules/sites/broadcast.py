@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from dpcompile.forms import Explicit, Form
 from dpcompile.ir import Axis
 from dpcompile.rules.sites.base import Call, Tap, Work, call_bound, per_sample_size, pick, put, slots_of
 from dpcompile.rules.sites.reduce import broadcasts
+from dpcompile.shapes import unfolded, unfolded_size
 
 aten = torch.ops.aten
 
@@ -63,7 +65,7 @@ class Broadcast:
                 arguments = put(arguments, slot, _unfolded(value, axis, rank, call.axis(slot) is not None))
         if call.node.target is aten.expand.default and axis.folded:
             sizes = list(arguments["size"])
-            sizes[axis.dim : axis.dim + 1] = [axis.outer, batch, axis.inner]
+            sizes[axis.dim : axis.dim + 1] = unfolded_size(axis, sizes[axis.dim])
             arguments = {**arguments, "size": sizes}
         result = call_bound(call.node.target, arguments)
         if axis.folded:
@@ -72,11 +74,11 @@ class Broadcast:
 
     def _batch(self, call: Call, arguments: dict[str, Any], axis: Axis) -> Any:
         if call.node.target is aten.expand.default:
-            return arguments["size"][axis.dim] // (axis.outer * axis.inner)
+            return unfolded_size(axis, arguments["size"][axis.dim])[1]
         for slot in slots_of(call.arguments):
             own = call.axis(slot)
             if own is not None:
-                return pick(arguments, slot).shape[own.dim] // (axis.outer * axis.inner)
+                return unfolded(own, pick(arguments, slot))[1]
         raise AssertionError("a batched result has a batched argument")
 
     def form(self, call: Call, slot: str) -> Callable[..., Form]:
@@ -85,7 +87,7 @@ class Broadcast:
         return lambda grad: Explicit(_first(grad.movedim(at, 0), shape))
 
     def work(self, call: Call, slot: str) -> Work:
-        size = max(math.prod(call.shape(slot)), 1)
+        size = max(math.prod(call.sizes(slot)), 1)
         return Work("explicit", max(per_sample_size(call.out, call.out_axis) // size, 1), 1, size)
 
 
@@ -109,5 +111,4 @@ def _unfolded(value: torch.Tensor, axis: Axis, rank: int, batched: bool) -> torc
     at = axis.dim - (rank - value.dim())
     if at < 0:
         return value
-    parts = (axis.outer, value.shape[at] // (axis.outer * axis.inner), axis.inner) if batched else (1, 1, 1)
-    return value.unflatten(at, parts)
+    return value.unflatten(at, unfolded(replace(axis, dim=at), value) if batched else (1, 1, 1))

@@ -21,6 +21,7 @@ import torch
 
 from dpcompile.forms import Explicit, Form, Outer
 from dpcompile.ir import Axis
+from dpcompile.rules.batching.base import shape_of
 from dpcompile.rules.sites.base import Call, Tap, Work, call_bound, per_sample_size, pick, tapped
 from dpcompile.rules.sites.reduce import broadcasts, reduce_to
 from dpcompile.shapes import batch_first
@@ -66,7 +67,7 @@ def equation_of(call: Call) -> Equation | None:
         return _tensordot(call, [left - 1], [right - 1]) if left and right else None
     if op is aten.tensordot.default:
         return _tensordot(call, call.arguments["dims_self"], call.arguments["dims_other"])
-    return _matmul(tuple(call.meta(left_slot).shape), tuple(call.meta(right_slot).shape))
+    return _matmul(*(shape_of(call.operand(slot)) for slot in (left_slot, right_slot)))
 
 
 def _lead(count: int) -> Labels:
@@ -88,7 +89,7 @@ def _matmul(left: tuple[Any, ...], right: tuple[Any, ...]) -> Equation:
 
 
 def _tensordot(call: Call, left_dims: list[int], right_dims: list[int]) -> Equation | None:
-    left, right = call.meta("self").shape, call.meta("other").shape
+    left, right = shape_of(call.operand("self")), shape_of(call.operand("other"))
     names = [f"k{i}" for i in range(len(left_dims))]
     a, b = [f"m{i}" for i in range(len(left))], [f"n{i}" for i in range(len(right))]
     for name, i, j in zip(names, left_dims, right_dims, strict=True):
@@ -107,7 +108,7 @@ def _einsum(call: Call) -> Equation | None:
     if not arrow:
         letters = inputs.replace(",", "").replace(".", "")
         result = "..." * ("." in inputs) + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-    shapes = [call.meta(slot).shape for slot in ("tensors[0]", "tensors[1]")]
+    shapes = [shape_of(call.operand(slot)) for slot in ("tensors[0]", "tensors[1]")]
     a, b = (_labels(part, len(shape)) for part, shape in zip((left, right), shapes, strict=True))
     spread = max(len(a) - len(left.replace(".", "")), len(b) - len(right.replace(".", "")))
     out = _labels(result, len(result.replace(".", "")) + spread * ("." in result))
@@ -235,7 +236,7 @@ class Contraction:
         return form
 
     def work(self, call: Call, slot: str) -> Work:
-        shape = call.shape(slot)
+        shape = call.sizes(slot)
         size = per_sample_size(call.out, call.out_axis)
         roles = None if slot == OPERANDS[call.node.target][2] else roles_of(call, slot)
         if roles is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ import torch.nn.functional as F
 
 from dpcompile.forms import Explicit, Form, Outer
 from dpcompile.ir import Axis
-from dpcompile.rules.sites.base import Call, Tap, Work, call_bound, tapped
+from dpcompile.rules.sites.base import Call, Tap, Work, call_bound, per_sample_size, tapped
 from dpcompile.rules.sites.reduce import reduce_to
+from dpcompile.shapes import hint, unfolded
 
 aten = torch.ops.aten
 
@@ -94,8 +95,7 @@ def _samples(blocks: torch.Tensor, axis: Axis) -> torch.Tensor:
     """[N, G, size, T] with N = outer * B * inner as [B, G, T', size], folded factors counted as positions."""
     if not axis.folded:
         return blocks.transpose(2, 3)
-    unfolded = blocks.unflatten(0, (axis.outer, blocks.shape[0] // (axis.outer * axis.inner), axis.inner))
-    return unfolded.permute(1, 3, 0, 2, 5, 4).flatten(2, 4)
+    return blocks.unflatten(0, unfolded(axis, blocks)).permute(1, 3, 0, 2, 5, 4).flatten(2, 4)
 
 
 class Convolution:
@@ -121,7 +121,7 @@ class Convolution:
             return lambda grad: Explicit(reduce_to(grad, axis, aligned).flatten(1))
         window, swapped = window_of(call), transposed(call)
         small = call.meta("input") if swapped else call.out
-        positions = tuple(int(size) for size in small.shape[2:])
+        positions = tuple(small.shape[2:])
         columns = tuple(range(1, len(shape)))
 
         def form(image: torch.Tensor, grad: torch.Tensor) -> Form:
@@ -133,9 +133,9 @@ class Convolution:
         return form
 
     def work(self, call: Call, slot: str) -> Work:
-        shape, axis = call.shape(slot), call.out_axis
+        shape = call.sizes(slot)
         small = call.meta("input") if slot == "weight" and transposed(call) else call.out
-        positions = math.prod(int(size) for size in small.shape[2:]) * axis.outer * axis.inner
+        positions = per_sample_size(small, replace(call.out_axis, dim=0)) // hint(small.shape[1])
         if slot == "bias":
             return Work("explicit", positions, 1, shape[0])
         groups = call.arguments["groups"]

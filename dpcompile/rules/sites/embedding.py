@@ -56,7 +56,7 @@ class Embedding:
 
         def form(indices: torch.Tensor, grad: torch.Tensor) -> Form:
             index_BT = batch_first(indices, axis)
-            index_BT = index_BT.reshape(index_BT.shape[0], per_sample_size(indices, axis))
+            index_BT = index_BT.reshape(index_BT.shape[0], math.prod(index_BT.shape[1:]))
             if call.node.target is aten.index.Tensor:
                 index_BT = index_BT.remainder(shape[0])  # table[-1] is the last row
             cols_BTd = batch_first(grad, axis).reshape(*index_BT.shape, math.prod(shape[1:]))
@@ -67,7 +67,7 @@ class Embedding:
         return form
 
     def work(self, call: Call, slot: str) -> Work:
-        rows, *rest = call.shape(slot)
+        rows, *rest = call.sizes(slot)
         width = math.prod(rest)
         padding = call.arguments.get("padding_idx", -1)
         marker = f"without row {padding}" if padding >= 0 else ""

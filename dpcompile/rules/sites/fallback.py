@@ -100,7 +100,7 @@ class Fallback:
         return gradient
 
     def work(self, call: Call, slot: str) -> Work:
-        size = max(math.prod(call.shape(slot)), 1)
+        size = max(math.prod(call.sizes(slot)), 1)
         return Work("explicit", max(per_sample_size(call.out, call.out_axis) // size, 1), 1, size)
 
 

@@ -42,7 +42,7 @@ class LayerNorm:
         return lambda x, mean, rstd, grad: Explicit(reduce_to((x - mean) * rstd * grad, axis, shape))
 
     def work(self, call: Call, slot: str) -> Work:
-        size = math.prod(call.shape(slot))
+        size = math.prod(call.sizes(slot))
         return Work("explicit", per_sample_size(call.out, call.out_axis) // max(size, 1), 1, size)
 
 
@@ -82,5 +82,5 @@ class GroupNorm:
         return form
 
     def work(self, call: Call, slot: str) -> Work:
-        size = call.shape(slot)[0]
+        size = call.sizes(slot)[0]
         return Work("explicit", per_sample_size(call.out, call.out_axis) // size, 1, size)

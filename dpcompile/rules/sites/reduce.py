@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dpcompile.ir import Axis
-from dpcompile.shapes import batch_first
+from dpcompile.shapes import batch_first, is_one
 
 
 def reduce_to(grad: torch.Tensor, axis: Axis, shape: tuple[int, ...]) -> torch.Tensor:
@@ -16,7 +16,7 @@ def reduce_to(grad: torch.Tensor, axis: Axis, shape: tuple[int, ...]) -> torch.T
     rank = grad.dim()
     aligned = (1,) * (rank - len(shape)) + tuple(shape)
     moved = batch_first(grad, axis)
-    kept = [i for i in range(rank) if i != axis.dim and aligned[i] != 1]
+    kept = [i for i in range(rank) if i != axis.dim and not is_one(aligned[i])]
     # dimensions of `moved`, in order: B, then those of grad without the batch; a folded one leaves (outer, inner)
     names: list[int | None] = []
     for i in range(rank):
@@ -29,4 +29,4 @@ def reduce_to(grad: torch.Tensor, axis: Axis, shape: tuple[int, ...]) -> torch.T
 def broadcasts(rank: int, axis: Axis, shape: tuple[int, ...]) -> bool:
     """Whether a value of `shape`, broadcast against a result of this rank, leaves the batch dimension alone."""
     at = axis.dim - (rank - len(shape))
-    return len(shape) <= rank and (at < 0 or shape[at] == 1)
+    return len(shape) <= rank and (at < 0 or is_one(shape[at]))

@@ -1,0 +1,363 @@
+"""Lengths that a call may choose (dynamic=): one compile, and the truth one sample at a time for each of them."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import arithmetic_of, check_against_autograd, check_against_oracle, splitting_norm
+from torch import Generator, Tensor, nn
+from torch.export import Dim
+from torch.utils.flop_counter import FlopCounterMode
+from zoo import CASES, CLASSES, SAMPLE_BATCH, VOCAB, Case, class_loss, logits_of, token_ids
+
+from dpcompile import CaptureError, DPModule, dpcompile
+from dpcompile.api import prove
+from dpcompile.rules.batching.base import product, quotient, total
+
+LENGTHS = (6, 11, 3)  # the first is the sample's
+Spec = dict[str, Any] | list[Any]
+
+
+class Positions(nn.Module):
+    """Tied table, learned positions and a learned mixture of them, batch and length folded into one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCAB, 8)
+        self.places = nn.Parameter(torch.randn(16, 8))
+        self.mix = nn.Parameter(torch.randn(16, 16))
+        self.inner = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.LayerNorm(12), nn.Linear(12, 8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        batch, length = ids.shape
+        hidden = self.table(ids) + self.places[:length]
+        hidden = hidden + self.inner(hidden.reshape(batch * length, 8)).reshape(batch, length, 8)
+        hidden = torch.einsum("btd,ts->bsd", hidden, self.mix[:length, :length])
+        return hidden @ self.table.weight.T
+
+
+class Signals(nn.Module):
+    """Windows over a signal of any length, and a mean over what they give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv1d(2, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.Tanh(), nn.Conv1d(6, 6, 3, padding=1, groups=2)
+        )
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x).mean(2))
+
+
+def token_loss(outputs: Any, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits_of(outputs).transpose(1, 2), targets, reduction="none").mean(1)
+
+
+def ids(length: int) -> Callable[[int, Generator], Tensor]:
+    return lambda batch_size, generator: token_ids(batch_size, generator, length)
+
+
+def masked(length: int) -> Callable[[int, Generator], dict[str, Tensor]]:
+    def make(batch_size: int, generator: Generator) -> dict[str, Tensor]:
+        own = torch.randint(2, length + 1, (batch_size, 1), generator=generator)
+        return {
+            "input_ids": token_ids(batch_size, generator, length),
+            "attention_mask": (torch.arange(length) < own).long(),
+        }
+
+    return make
+
+
+def pairs(length: int) -> Callable[[int, Generator], dict[str, Tensor]]:
+    def make(batch_size: int, generator: Generator) -> dict[str, Tensor]:
+        return {
+            "input_ids": token_ids(batch_size, generator, length + 2),
+            "decoder_input_ids": token_ids(batch_size, generator, length),
+        }
+
+    return make
+
+
+def signals(length: int) -> Callable[[int, Generator], Tensor]:
+    return lambda batch_size, generator: torch.randn(batch_size, 2, length, generator=generator)
+
+
+def labels(length: int) -> Callable[[int, Generator], Tensor]:
+    return lambda batch_size, generator: torch.randint(0, VOCAB, (batch_size, length), generator=generator)
+
+
+def at(case: Case, inputs: Callable[[int], Any], length: int) -> Case:
+    """The same model with samples of another length."""
+    targets = {} if case.loss is class_loss else {"make_targets": labels(length), "loss": token_loss}
+    return replace(case, make_batch=inputs(length), **targets)
+
+
+def own_case(build: Callable[[], nn.Module], loss: Callable[..., Tensor]) -> Case:
+    torch.manual_seed(0)
+    make_targets = CASES["bert"]().make_targets
+    return Case(build.__name__, build(), ids(LENGTHS[0]), make_targets, loss)
+
+
+MODELS: dict[str, tuple[Callable[[], Case], Callable[[int], Any], Spec]] = {
+    "positions": (lambda: own_case(Positions, token_loss), ids, [[1]]),
+    "signals": (lambda: own_case(Signals, class_loss), signals, [[0, 2]]),
+    "gpt2": (CASES["gpt2"], ids, {"input_ids": [0, 1]}),
+    "bert": (CASES["bert"], masked, {"input_ids": [0, 1], "attention_mask": [0, 1]}),
+    "llama": (CASES["llama"], ids, {"input_ids": {1: Dim("T", min=2, max=64)}}),
+    "t5": (CASES["t5"], pairs, {"input_ids": [1], "decoder_input_ids": {1: "target length"}}),
+}
+
+
+def named(case: Case, spec: Spec) -> Spec:
+    """For a sample that is one tensor, the dimensions by position."""
+    return [*spec.values()] if isinstance(spec, dict) and isinstance(case.sample_input, Tensor) else spec
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_length_of_one_compile_equals_one_sample_at_a_time(name: str, subtests: pytest.Subtests) -> None:
+    build, inputs, spec = MODELS[name]
+    case = build().to(torch.float64)
+    sample = at(case, inputs, LENGTHS[0])
+    with arithmetic_of(torch.float64):
+        bound = splitting_norm(sample, SAMPLE_BATCH)
+        analysis = prove(case.model, sample.sample_input, dynamic=named(sample, spec)).conclude()
+        for method in ("ghost", "explicit", "auto"):
+            emitted = analysis.emit(analysis.plan(method), mean=True)
+            dp_model = DPModule(case.model, emitted)
+            dp_model.max_grad_norm = bound
+            for length in LENGTHS:
+                for batch_size in (SAMPLE_BATCH, 1, 0):
+                    with subtests.test(method=method, length=length, batch_size=batch_size):
+                        own = at(case, inputs, length)
+                        check_against_oracle(own, dp_model, batch_size, max_grad_norm=bound, seed=length)
+            with subtests.test(method=method, max_grad_norm="inf"):
+                unbounded = DPModule(case.model, emitted)
+                unbounded.max_grad_norm = float("inf")
+                check_against_autograd(at(case, inputs, LENGTHS[1]), unbounded, 2)
+
+
+def compiled_gpt2(**more: Any) -> tuple[Case, float, DPModule]:
+    case = CASES["gpt2"]()
+    sample = at(case, ids, LENGTHS[0])
+    bound = splitting_norm(sample, SAMPLE_BATCH)
+    spec = {"input_ids": [1], "targets": [1]} if "loss_fn" in more else {"input_ids": [1]}
+    if "loss_fn" in more:
+        more["sample_targets"] = sample.sample_targets
+    inputs = {"input_ids": sample.sample_input}
+    return case, bound, dpcompile(case.model, inputs, max_grad_norm=bound, dynamic=spec, **more)
+
+
+def by_name(length: int) -> Callable[[int, Generator], dict[str, Tensor]]:
+    return lambda batch_size, generator: {"input_ids": token_ids(batch_size, generator, length)}
+
+
+def test_the_fused_form_at_any_length() -> None:
+    case, bound, dp_model = compiled_gpt2(loss_fn=token_loss)
+    for length in LENGTHS:
+        own = at(case, by_name, length)
+        check_against_oracle(own, dp_model, 2, max_grad_norm=bound, fused=True, seed=length, over=1e-3)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_torch_compile_makes_one_graph_for_all_lengths(fused: bool) -> None:
+    case, bound, dp_model = compiled_gpt2(**({"loss_fn": token_loss} if fused else {}))
+    graphs: list[Any] = []
+
+    def backend(module: Any, _inputs: Any) -> Any:
+        graphs.append(module)
+        return module
+
+    torch._dynamo.reset()
+    run: Any = torch.compile(dp_model, fullgraph=True, dynamic=True, backend=backend)
+    for length in LENGTHS:
+        own = at(case, by_name, length)
+        check_against_oracle(own, run, SAMPLE_BATCH, max_grad_norm=bound, fused=fused, seed=length, over=1e-3)
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+def test_inductor_at_any_length_and_for_an_empty_batch() -> None:
+    case, bound, dp_model = compiled_gpt2()
+    torch._dynamo.reset()
+    run: Any = torch.compile(dp_model, fullgraph=True)
+    for length in LENGTHS:
+        for batch_size in (SAMPLE_BATCH, 0):
+            own = at(case, by_name, length)
+            check_against_oracle(own, run, batch_size, max_grad_norm=bound, seed=length, over=1e-3)
+            assert len(dp_model.per_sample_norms) == batch_size
+
+
+def test_copies_and_stored_modules_take_any_length() -> None:
+    case, bound, dp_model = compiled_gpt2()
+    stored = io.BytesIO()
+    torch.save(dp_model, stored)
+    stored.seek(0)
+    for other in (copy.deepcopy(dp_model), torch.load(stored, weights_only=False)):
+        own = replace(at(case, by_name, LENGTHS[1]), model=other.module)
+        check_against_oracle(own, other, 2, max_grad_norm=bound, over=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"clip_groups": "per-layer"}, {"views": 3}, {"loss_reduction": "sum"}])
+def test_other_options(options: dict[str, Any]) -> None:
+    """The norms of a module that was compiled at this length alone."""
+    torch.manual_seed(0)
+    model = Positions().double()
+    free = dpcompile(model, torch.randint(VOCAB, (3, LENGTHS[0])), dynamic=[1], **options)
+    for length in LENGTHS:
+        data = torch.randint(VOCAB, (6, length))
+        norms = []
+        for dp_model in (free, dpcompile(model, data, **options)):
+            model.zero_grad()
+            dp_model(data).square().sum().backward()
+            norms += [dp_model.per_sample_norms, model.mix.grad]
+        assert torch.allclose(norms[0], norms[2], rtol=1e-8)
+        assert torch.allclose(norms[1], norms[3], rtol=1e-8)  # pyright: ignore[reportArgumentType]
+
+
+def test_flops_at_the_samples_length_are_those_of_the_plan() -> None:
+    torch.manual_seed(0)
+    model, data = Positions(), torch.randint(VOCAB, (SAMPLE_BATCH, LENGTHS[0]))
+    dp_model = dpcompile(model, data, dynamic=[1], validate="off")
+    with FlopCounterMode(display=False) as counter:
+        dp_model(data).sum().backward()
+    assert counter.get_total_flops() == dp_model.plan.to_dict()["totals"]["flops"]
+
+
+def test_the_plan_shows_for_which_lengths_a_choice_is_the_best() -> None:
+    model = nn.Sequential(nn.Embedding(VOCAB, 8), nn.Linear(8, 64), nn.Linear(64, 8))
+    data = torch.randint(VOCAB, (16, 12))
+    plan = dpcompile(model, data, dynamic={"input": [1]}, validate="off").plan
+    assert "batch size 16, T = 12 (free), device" in str(plan)
+    assert "best for T" in str(plan)
+    assert "best for T" not in str(dpcompile(model, data, validate="off").plan)
+    for name, choice in plan.choices.items():
+        if choice.span is None:
+            continue
+        least, greatest = choice.span.of(12)
+        assert least <= 12
+        for length, same in ((least, True), (greatest, True), ((greatest or 0) + 1, False)):
+            if greatest is not None:
+                other = dpcompile(model, torch.randint(VOCAB, (16, length)), validate="off").plan
+                assert (other.choices[name].method is choice.method) == same
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def linear(x: Tensor) -> Tensor:
+    return x
+
+
+class Apply(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor] = linear) -> None:
+        super().__init__()
+        self.weight = nn.Linear(4, 4)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.weight(x))
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "message"),
+    [
+        ({"y": [1]}, r"names \['y'\], but the arguments are \['x'\]"),
+        ({"x": [3]}, "names dimension 3 of `x`, whose shape is"),
+        ({"x": ["T"]}, "must give dimensions as whole numbers"),
+        ("x", "must be a dict of argument name to dimensions"),
+        ([[1], [1]], "must be a dict of argument name to dimensions"),
+        ({"x": [2]}, r"plain number of dimension 2 of `x`"),
+    ],
+)
+def test_a_wrong_dynamic_is_refused(dynamic: Any, message: str) -> None:
+    with pytest.raises(CaptureError, match=message):
+        dpcompile(Apply(), torch.randn(3, 6, 4), dynamic=dynamic)
+
+
+@pytest.mark.parametrize(
+    "dynamic", [{"x": [0]}, {"x": None}, {"x": {1: None}}, {"x": {1: Dim.STATIC}}, {"x": {2: Dim.AUTO}}, [], None]
+)
+def test_what_frees_nothing(dynamic: Any) -> None:
+    dp_model = dpcompile(Apply(), torch.randn(3, 6, 4), dynamic=dynamic)
+    with pytest.raises(CaptureError, match=r"compiled for \[B, 6, 4\]"):
+        dp_model(torch.randn(3, 5, 4))
+
+
+def test_a_sample_of_one_position_is_refused() -> None:
+    with pytest.raises(CaptureError, match="has size 1 in the sample"):
+        dpcompile(Apply(), torch.randn(3, 1, 4), dynamic=[1])
+
+
+def test_recurrent_layers_have_a_fixed_length() -> None:
+    class Last(nn.LSTM):
+        def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().forward(x)[0][:, -1]
+
+    with pytest.raises(CaptureError, match=r"dimension 1 of `x`, which dynamic= frees.*\n.*LSTM, GRU or RNN"):
+        dpcompile(Last(4, 4, batch_first=True), torch.randn(3, 6, 4), dynamic=[1])
+
+
+def test_a_length_outside_of_what_the_model_decides_by_is_refused() -> None:
+    dp_model = dpcompile(
+        Apply(lambda x: x.tanh() if x.shape[1] > 5 else x), torch.randn(3, 8, 4), dynamic={"x": {1: "T"}}
+    )
+    dp_model(torch.randn(3, 6, 4)).sum().backward()
+    with pytest.raises(CaptureError, match="`x` has length 5; compiled for 6 or more"):
+        dp_model(torch.randn(3, 5, 4))
+
+
+def test_a_decision_that_turns_often_leaves_its_own_length() -> None:
+    dp_model = dpcompile(Apply(lambda x: x.tanh() if x.shape[1] % 3 == 0 else x), torch.randn(3, 6, 4), dynamic=[1])
+    with pytest.raises(CaptureError, match="`x` has length 7; compiled for 6 to 6"):
+        dp_model(torch.randn(3, 7, 4))
+
+
+def test_a_dim_that_asks_for_more_than_the_graph_is_right_for_is_refused() -> None:
+    function = Apply(lambda x: x.tanh() if x.shape[1] > 5 else x)
+    with pytest.raises(CaptureError):
+        dpcompile(function, torch.randn(3, 8, 4), dynamic={"x": {1: Dim("T", min=2, max=64)}})
+
+
+def test_the_range_of_a_dim_is_kept() -> None:
+    dp_model = dpcompile(Apply(), torch.randn(3, 8, 4), dynamic={"x": {1: Dim("T", min=4, max=9)}})
+    for length in (4, 9):
+        dp_model(torch.randn(3, length, 4)).sum().backward()
+    for length in (3, 10):
+        with pytest.raises(CaptureError, match=f"has length {length}; compiled for 4 to 9"):
+            dp_model(torch.randn(3, length, 4))
+
+
+def test_inputs_of_one_length_must_agree() -> None:
+    class Both(nn.Linear):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().forward(x) * mask.unsqueeze(-1)
+
+    dp_model = dpcompile(Both(4, 4), (torch.randn(3, 6, 4), torch.ones(3, 6)), dynamic=[[1], [1]])
+    with pytest.raises(CaptureError, match=r"lengths of `x` \(5\) and `mask` \(4\) differ"):
+        dp_model(torch.randn(3, 5, 4), torch.ones(3, 4))
+
+
+# ---------------------------------------------------------------- sizes as expressions
+
+
+def test_a_quotient_is_whole_for_every_length() -> None:
+    import sympy
+
+    t, s = sympy.symbols("t s", integer=True, positive=True)
+    assert quotient(12, 4) == 3
+    assert quotient(12, 5) is None
+    assert quotient(6 * t * s, 3 * t) == 2 * s
+    assert quotient(t * (t + 1), t) == t + 1
+    assert quotient(t * (t + 1), 2) is None  # whole, but not as a polynomial
+    assert quotient(t, s) is None
+    assert quotient(t, 2) is None
+    assert product((t, t + 1)) == total((t**2, t))
+    assert product((2, 3)) == 6
