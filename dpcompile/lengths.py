@@ -25,6 +25,10 @@ class Length:
     name: str
     low: int
     high: int | None  # None: any
+    step: int = 1  # between the values, from `low` on
+
+    def has(self, size: int) -> bool:
+        return size >= self.low and (self.high is None or size <= self.high) and (size - self.low) % self.step == 0
 
 
 def asked_for(dynamic: Any, names: Sequence[str]) -> dict[str, dict[int, Any]]:
@@ -107,6 +111,10 @@ LARGEST = 2**18
 """How far a length is tried where the trace has decided anything by it, beyond which no greater one is accepted."""
 
 
+STEPS = range(1, 65)
+"""Distances of lengths that are tried: a model that halves a signal six times takes multiples of 64."""
+
+
 def proven(asked: Length, size: torch.SymInt, batch: torch.SymInt) -> Length:
     """The values of a length around the sample's for which all decisions are those of the trace.
 
@@ -120,19 +128,20 @@ def proven(asked: Length, size: torch.SymInt, batch: torch.SymInt) -> Length:
         if expr.free_symbols - {symbol}:
             raise CaptureError(f"capture: the model compares the length {asked.name} with another ({expr}). {CURE}")
     holds = [_function(symbol, expr) for expr in decisions if not _is_bound(expr)]
+    found = Length(asked.name, max(low, 1), high)
     if holds:
-        high = min(high or LARGEST, LARGEST)
-        low = _last(sample, max(low, 1), -1, holds)
-        high = _last(sample, high, 1, holds)
-    low = max(low, 1)
-    too_low = asked.low > 1 and low > asked.low
-    if too_low or (asked.high is not None and high is not None and high < asked.high):
+        ranges = [_range(asked.name, sample, step, found, holds) for step in STEPS]
+        found = max(ranges, key=_count)
+    misses_low = asked.low > 1 and not found.has(asked.low)
+    misses_high = asked.high is not None and not found.has(asked.high)
+    if misses_low or misses_high or (found.step > 1 and (asked.low > 1 or asked.high is not None)):
         raise CaptureError(
-            f"capture: {asked.name} was asked for from {range_text(asked)}, but the graph of this sample is right for "
-            f"{range_text(Length(asked.name, low, high))}: the model decides by it. Narrow its Dim, or give a sample "
-            "from another part of the range."
+            f"capture: {asked.name} was asked for {range_text(asked)}, but the graph of this sample is right for "
+            f"{range_text(found)}: the model decides by it. Narrow its Dim, or give a sample from another part of the "
+            "range."
         )
-    return Length(asked.name, max(low, asked.low), high if asked.high is None else asked.high)
+    high = found.high if asked.high is None else asked.high
+    return Length(asked.name, max(found.low, asked.low), high, found.step)
 
 
 def _is_bound(expr: sympy.Basic) -> bool:
@@ -161,10 +170,22 @@ _WHOLE_NUMBERS = {  # torch's functions on sizes
 }
 
 
+def _range(name: str, sample: int, step: int, within: Length, holds: Sequence[Callable[[int], bool]]) -> Length:
+    """The lengths from the sample's on, up and down by `step`, for which all decisions are those of the trace."""
+    high = LARGEST if within.high is None else min(within.high, LARGEST)
+    low, high = _last(sample, within.low, -step, holds), _last(sample, high, step, holds)
+    return Length(name, low, high, step)
+
+
+def _count(length: Length) -> int:
+    assert length.high is not None
+    return (length.high - length.low) // length.step
+
+
 def _last(start: int, end: int, step: int, holds: Sequence[Callable[[int], bool]]) -> int:
     """How far one can go from the sample's length without a decision that changes."""
     last = start
-    for value in range(start, end + step, step):
+    for value in range(start, end + (1 if step > 0 else -1), step):
         if not all(hold(value) for hold in holds):
             break
         last = value
@@ -190,11 +211,12 @@ def check_lengths(lengths: Sequence[Length], leaves: Sequence[Any], values: Sequ
                 raise CaptureError(
                     f"call: the lengths of `{first}` ({size}) and `{other}` ({own}) differ; they were compiled as one."
                 )
-        if size < length.low or (length.high is not None and size > length.high):
+        if not length.has(size):
             raise CaptureError(
                 f"call: `{first}` has length {size}; compiled for {range_text(length)}. Compile again for this one."
             )
 
 
 def range_text(length: Length) -> str:
-    return f"{length.low} or more" if length.high is None else f"{length.low} to {length.high}"
+    text = f"{length.low} or more" if length.high is None else f"{length.low} to {length.high}"
+    return text if length.step == 1 else f"{text} in steps of {length.step}"

@@ -28,9 +28,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph import _BoxedCodeGen  # no public code generator frees its inputs
 from torch.fx.node import map_arg
-from torch.fx.proxy import TracerBase
+from torch.fx.proxy import GraphAppendingTracer, TracerBase
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_map_only
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from dpcompile.errors import NoRuleError
 
@@ -121,13 +123,19 @@ def trace(
     """
     table = torch.export.default_decompositions() if decompose else {}
     with symbolic_batch(), enable_python_dispatcher(), without_autocast():
-        if vmapped and not _has_lengths(values):
+        free = _symbols(values)
+        if vmapped and len(free) < 2:  # one number for each of several sizes could not be told apart in a trace
             fn = _trace_vmapped(fn, values)
         with mode:
             module = make_fx(fn, decomposition_table=table, tracing_mode="real")(*values)
             if any(_mutates(node) for node in module.graph.nodes):
                 # some ops (circular padding) are copies into an empty tensor: a second trace makes them pure
                 module = make_fx(torch.func.functionalize(module), tracing_mode="real")(*values)
+    if vmapped and _symbols(values) != free:
+        raise NoRuleError(
+            "find-sites: lengths are free (dynamic=), and torch.func.vmap of a value that is computed from parameters, "
+            "or of an op with one, fixes them. Compute it with views, pointwise ops and products, or fix the length."
+        )
     return module
 
 
@@ -247,6 +255,22 @@ def symbolic_size(expr: sympy.Expr, shown: torch.SymInt) -> torch.SymInt:
     return made
 
 
+def computed_size(expr: sympy.Expr, free: Mapping[Any, torch.fx.Node], graph: torch.fx.Graph) -> torch.fx.Node:
+    """An expression in free sizes as nodes of a graph, where nodes are inserted now; torch knows every operator."""
+    tracer = GraphAppendingTracer(graph)
+    result = sympy_interp(PythonReferenceAnalysis, {s: torch.fx.Proxy(n, tracer) for s, n in free.items()}, expr).node
+    todo = [result]
+    while todo:
+        node = todo[-1]
+        missing = [arg for arg in node.all_input_nodes if "val" not in arg.meta]
+        if not missing:
+            args = map_arg(node.args, lambda n: n.meta["val"])
+            node.meta["val"] = node.target(*args)  # type: ignore[operator]
+            todo.pop()
+        todo += missing
+    return result
+
+
 def sample_sizes(size: torch.SymInt) -> dict[sympy.Symbol, int]:
     """What the free symbols of a size's ShapeEnv are for the sample (torch 2.13 renamed the attribute)."""
     env = size.node.shape_env
@@ -278,9 +302,9 @@ def _number(size: int | torch.SymInt) -> int:
     return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
-def _has_lengths(values: Sequence[Any]) -> bool:
-    """Whether sizes beside the batch size are free. One number for each could not be told apart in a trace."""
-    symbols = {
+def _symbols(values: Sequence[Any]) -> set[sympy.Symbol]:
+    """The sizes that are free in the tensors of a trace: the batch size, and lengths."""
+    return {
         symbol
         for value in values
         if isinstance(value, torch.Tensor)
@@ -288,7 +312,6 @@ def _has_lengths(values: Sequence[Any]) -> bool:
         if isinstance(size, torch.SymInt)
         for symbol in size.node.expr.free_symbols
     }
-    return len(symbols) > 1
 
 
 def _batch_of(values: Sequence[Any]) -> tuple[int, int, int, int]:

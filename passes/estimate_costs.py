@@ -12,6 +12,7 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry
 
+from dpcompile.errors import NoRuleError
 from dpcompile.ir import Backward, Group, Program, Site, Space
 from dpcompile.passes.combine import GroupReader
 from dpcompile.plan import Cost, Costs, GroupCost, Method, Part, Product
@@ -105,7 +106,11 @@ def _counted(reader: GroupReader, parts: Sequence[Part], e: int, batch: torch.Sy
     pullback = group.space is Space.PULLBACK
     inputs = [*reader.inputs, *reader.sources] if pullback else reader.inputs
     fn = reader.pulled_back if pullback else lambda *tensors: [reader.explicit_sum(tensors)]
-    traced = trace(fn, *(node.meta["val"] for node in inputs), mode=mode, vmapped=True).graph
+    try:
+        traced = trace(fn, *(node.meta["val"] for node in inputs), mode=mode, vmapped=True).graph
+    except NoRuleError as error:
+        names = ", ".join(dict.fromkeys(site.module for site in reader.sites))
+        raise NoRuleError(f"{error} It is about {group.name}, used in {names}.", error.findings) from error
     traced.eliminate_dead_code()  # as inlining does
     own = sum(
         (at(part.plain.flops, part.sizes) for part in parts if part.kind == "outer"),

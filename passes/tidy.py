@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +13,7 @@ from torch import fx
 from dpcompile.inline import PHASE
 from dpcompile.ir import Draft, Program
 from dpcompile.passes.rewrite import Order
+from dpcompile.torch_internals import computed_size
 
 aten = torch.ops.aten
 
@@ -66,69 +66,39 @@ def reshape_views(graph: fx.Graph) -> None:
 
 
 def name_sizes(program: Program) -> None:
-    """Every size that is a polynomial in the batch size and free lengths is computed from one node for each of them.
+    """Every size is computed from one node for the batch size and one for each free length.
 
     A size read off an activation would keep the activation alive for its shape alone.
     """
     graph = program.graph
-    named = _Named(program)
-    for node in list(graph.nodes):
-        value = node.meta.get("val")
-        if node.op != "call_function" or not isinstance(value, torch.SymInt) or node in named.nodes.values():
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    before = placeholders[-1].next
+    made: dict[sympy.Expr, fx.Node] = {}
+    for size in (program.batch, *program.lengths):
+        source, dim = next(
+            (node, dim)
+            for node in placeholders
+            for dim, own in enumerate(getattr(node.meta.get("val"), "shape", ()))
+            if isinstance(own, torch.SymInt) and own.node.expr == size.node.expr
+        )
+        with graph.inserting_before(before):
+            made[size.node.expr] = graph.call_function(aten.sym_size.int, (source, dim))
+        made[size.node.expr].meta["val"] = size
+    free = dict(made)
+    node = before
+    while node.op != "output":
+        current, node = node, node.next
+        value = current.meta.get("val")
+        if current.op != "call_function" or not isinstance(value, torch.SymInt) or not value.node.expr.free_symbols:
             continue
-        made = named.computed(value.node.expr)
-        if made is not None:
-            node.replace_all_uses_with(made)
-            graph.erase_node(node)
-
-
-class _Named:
-    """Nodes for the free sizes of a program and what is computed from them, behind its placeholders."""
-
-    def __init__(self, program: Program) -> None:
-        self._graph = program.graph
-        placeholders = list(program.graph.find_nodes(op="placeholder"))
-        self._at = placeholders[-1]
-        self.nodes: dict[sympy.Expr, fx.Node] = {}
-        for size in (program.batch, *program.lengths):
-            source, dim = next(
-                (node, dim)
-                for node in placeholders
-                for dim, own in enumerate(getattr(node.meta.get("val"), "shape", ()))
-                if isinstance(own, torch.SymInt) and own.node.expr == size.node.expr
-            )
-            self._add(size.node.expr, aten.sym_size.int, source, dim).meta["val"] = size
-        self._symbols = list(self.nodes)
-
-    def computed(self, expr: sympy.Expr) -> fx.Node | None:
-        """The node of a polynomial in the free sizes; None for anything else."""
-        if not expr.free_symbols or not expr.is_polynomial(*self._symbols):
-            return None
-        expr = sympy.expand(expr)
-        if expr not in self.nodes:
-            terms = sympy.Poly(expr, *self._symbols).terms()
-            if any(not factor.is_Integer for _, factor in terms):
-                return None
-            for powers, factor in terms:
-                parts = [s for s, power in zip(self._symbols, powers, strict=True) for _ in range(power)]
-                self._join(operator.mul, [*parts, factor] if factor != 1 or not parts else parts)
-            self._join(operator.add, [factor * sympy.prod(map(sympy.Pow, self._symbols, p)) for p, factor in terms])
-        return self.nodes[expr]
-
-    def _join(self, op: Any, parts: list[Any]) -> None:
-        so_far = parts[0]
-        for part in parts[1:]:
-            both = op(so_far, part)
-            if both not in self.nodes:
-                left, right = (int(p) if p.is_Integer else self.nodes[p] for p in (so_far, part))
-                made = self._add(both, op, left, right)
-                made.meta["val"] = op(*(p.meta["val"] if isinstance(p, fx.Node) else p for p in (left, right)))
-            so_far = both
-
-    def _add(self, expr: sympy.Expr, target: Any, *args: Any) -> fx.Node:
-        with self._graph.inserting_after(self._at):
-            self._at = self.nodes[expr] = self._graph.call_function(target, args)
-        return self._at
+        expr = value.node.expr
+        if expr not in made:
+            with graph.inserting_before(before):
+                made[expr] = computed_size(expr, free, graph)
+        if current is before:
+            before = current.next
+        current.replace_all_uses_with(made[expr])
+        graph.erase_node(current)
 
 
 def merge_common(graph: fx.Graph) -> None:

@@ -19,6 +19,7 @@ from zoo import CASES, CLASSES, SAMPLE_BATCH, VOCAB, Case, class_loss, logits_of
 
 from dpcompile import CaptureError, DPModule, dpcompile
 from dpcompile.api import prove
+from dpcompile.errors import NoRuleError
 from dpcompile.rules.batching.base import product, quotient, total
 
 LENGTHS = (6, 11, 3)  # the first is the sample's
@@ -249,6 +250,78 @@ def test_the_plan_shows_for_which_lengths_a_choice_is_the_best() -> None:
                 assert (other.choices[name].method is choice.method) == same
 
 
+class Uses(nn.Module):
+    """A module and what is done with it, for a sample [B, T, 4]."""
+
+    def __init__(self, inner: nn.Module, use: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self.inner, x)
+
+
+def folded_and_joined(layer: nn.Module, x: Tensor) -> Tensor:
+    first, second = layer(x).chunk(2, -1)
+    joined = torch.cat([first, second], 1).flatten(0, 1).unflatten(0, (x.shape[0], -1))
+    return joined.cumsum(1).flip(1) + joined.roll(1, 1) + F.pad(joined, (0, 0, 1, 0))[:, :-1]
+
+
+def causal(layer: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+    return layer(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+
+def down_and_up(layers: nn.ModuleList, x: Tensor) -> Tensor:
+    down, up = layers
+    inner = down(x.transpose(1, 2)).relu()
+    return up(inner) + F.interpolate(F.avg_pool1d(inner, 2), scale_factor=4)
+
+
+def time_first(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x.transpose(0, 1)).transpose(0, 1)
+
+
+PARTS: dict[str, Callable[[], Uses]] = {
+    "weight_norm": lambda: Uses(nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)), lambda m, x: m(x).tanh()),
+    "bilinear": lambda: Uses(nn.Bilinear(4, 4, 3), lambda m, x: m(x, x)),
+    "prelu": lambda: Uses(nn.PReLU(4), lambda m, x: m(x.transpose(1, 2))),
+    "folds": lambda: Uses(nn.Linear(4, 6), folded_and_joined),
+    "attention": lambda: Uses(nn.MultiheadAttention(4, 2, batch_first=True), causal),
+    "convolutions": lambda: Uses(
+        nn.ModuleList([nn.Conv1d(4, 4, 4, stride=2, padding=1), nn.ConvTranspose1d(4, 4, 4, stride=2, padding=1)]),
+        down_and_up,
+    ),
+    "time_first": lambda: Uses(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0), time_first),
+}
+
+
+@pytest.mark.parametrize("norm_method", ["ghost", "explicit"])
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_models_at_other_lengths(name: str, norm_method: str) -> None:
+    torch.manual_seed(0)
+    model = PARTS[name]().double()
+    dp_model = dpcompile(model, torch.randn(3, 12, 4).double(), dynamic=[1], norm_method=norm_method)
+    for batch_size, length in ((3, 12), (2, 8), (5, 32)):
+        data = torch.randn(batch_size, length, 4).double()
+        truth = []
+        for sample in data.split(1):
+            model.zero_grad()
+            model(sample).square().sum().backward()
+            truth.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm())
+        (dp_model(data).square().flatten(1).sum(1).mean()).backward()
+        assert torch.allclose(dp_model.per_sample_norms, torch.stack(truth), rtol=1e-8)
+
+
+def test_a_value_that_only_vmap_can_carry_back_has_a_fixed_length() -> None:
+    def nearest(places: nn.Embedding, x: Tensor) -> Tensor:
+        return x @ places.weight[: x.shape[1]].softmax(-1).T
+
+    with pytest.raises(NoRuleError, match=r"lengths are free \(dynamic=\).*inner.weight"):
+        dpcompile(Uses(nn.Embedding(32, 4), nearest), torch.randn(3, 12, 4), dynamic=[1])
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -314,9 +387,9 @@ def test_a_length_outside_of_what_the_model_decides_by_is_refused() -> None:
         dp_model(torch.randn(3, 5, 4))
 
 
-def test_a_decision_that_turns_often_leaves_its_own_length() -> None:
+def test_a_decision_that_repeats_leaves_lengths_in_steps() -> None:
     dp_model = dpcompile(Apply(lambda x: x.tanh() if x.shape[1] % 3 == 0 else x), torch.randn(3, 6, 4), dynamic=[1])
-    with pytest.raises(CaptureError, match="`x` has length 7; compiled for 6 to 6"):
+    with pytest.raises(CaptureError, match="`x` has length 7; compiled for 3 to 262143 in steps of 3"):
         dp_model(torch.randn(3, 7, 4))
 
 

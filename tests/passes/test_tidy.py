@@ -91,7 +91,7 @@ def test_multiples_of_the_batch_size_are_made_from_it() -> None:
         text(tidied(program).graph),
         """\
 v0 = sym_size(leaves_0, 0)
-v1 = mul(v0, 2)
+v1 = mul(2, v0)
 v2 = mul(leaves_0, p_model_w)
 v3 = reshape(v2, [v1, 2])
 v4 = new_ones(v3, [v1, v0])
