@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dpcompile.api import Analysis, Proof, prove
+from dpcompile.api import Proof, prove
 from dpcompile.calls import bind_sample
 from dpcompile.cli_privacy import register
 from dpcompile.device import spec_for
@@ -63,6 +63,10 @@ InputOption = Annotated[
 ]
 BatchOption = Annotated[int | None, typer.Option(min=1, help="batch size to decide for (hf: default 8)")]
 SeqOption = Annotated[int | None, typer.Option(min=1, help="hf: positions of a sample (default 128)")]
+DynamicOption = Annotated[
+    list[str] | None,
+    typer.Option("--dynamic", metavar="NAME:DIM", help="a size that calls may choose, such as input_ids:1"),
+]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="hf: a field of the config")]
 PolicyOption = Annotated[Policy, typer.Option(help="how norm methods are chosen")]
 DeviceOption = Annotated[Device, typer.Option(help="device whose rates the time model takes")]
@@ -75,6 +79,7 @@ def report(
     batch: BatchOption = None,
     seq: SeqOption = None,
     settings: SetOption = None,
+    dynamic: DynamicOption = None,
     policy: PolicyOption = Policy.AUTO,
     device: DeviceOption = Device.CPU,
     symbolic: Annotated[bool, typer.Option("--symbolic", help="costs in B, T, d, p, and flips solved for T")] = False,
@@ -85,7 +90,7 @@ def report(
         loaded = load_target(target, inputs or (), batch=batch, seq=seq, settings=settings or ())
         # Written out as matrix products, attention is counted on both sides: torch counts no flops of the CPU's kernel.
         with sdpa_kernel(SDPBackend.MATH):
-            analysis = _analysed(loaded)
+            analysis = _proven(loaded, dynamic or ()).conclude()
         plan = analysis.plan(policy.value, device=spec_for(torch.device(device.value)), batch_size=batch)
         if file is not None:
             _write(file, json.dumps(plan_dict(plan), indent=1) + "\n")
@@ -100,6 +105,7 @@ def check(
     batch: BatchOption = None,
     seq: SeqOption = None,
     settings: SetOption = None,
+    dynamic: DynamicOption = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="print the proof: the batch in every module, the way to every offender")
     ] = False,
@@ -116,7 +122,7 @@ def check(
                 model, changes = fix(loaded.model)
                 loaded = replace(loaded, model=model)
                 _say("\n".join(map(str, changes)) or "nothing to fix")
-            proof = _proven(loaded)
+            proof = _proven(loaded, dynamic or ())
             if explain:
                 _say(f"{proof_text(proof.program, proof.tracked)}\n")
             uses = proof.conclude().uses
@@ -152,7 +158,7 @@ def graph(
     """Print the emitted graph as code, or draw it."""
     with _told():
         loaded = load_target(target, inputs or (), batch=batch, seq=seq, settings=settings or ())
-        analysis = _analysed(loaded)
+        analysis = _proven(loaded).conclude()
         if part is Part.USES:
             drawn = uses_of(analysis.uses)
             code = "\n".join(f"{a} -> {b}" for a, b in drawn.edges)
@@ -184,23 +190,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _analysed(target: Target) -> Analysis:
-    return _proven(target).conclude()
-
-
-def _proven(target: Target) -> Proof:
+def _proven(target: Target, dynamic: Sequence[str] = ()) -> Proof:
     """The proof; a sample that the model itself does not take is a bad argument, not a fault of the model."""
+    free = _free_dims(dynamic)
     try:
-        bind_sample(target.model, target.sample_input, None)
+        bind_sample(target.model, target.sample_input, None, dynamic=free)
     except CaptureError as error:
         raise TargetError(str(error)) from error
     try:
-        return prove(target.model, target.sample_input)
+        return prove(target.model, target.sample_input, dynamic=free)
     except CaptureError as error:
         reason = misfit(target)
         if reason is None:
             raise
         raise TargetError(f"{type(target.model).__name__} does not take this sample input: {reason}") from error
+
+
+def _free_dims(texts: Sequence[str]) -> dict[str, list[int]]:
+    """NAME:DIM as what dpcompile(dynamic=) takes."""
+    found: dict[str, list[int]] = {}
+    for text in texts:
+        name, _, dim = text.rpartition(":")
+        if not name or not dim.removeprefix("-").isdecimal():
+            raise TargetError(f"--dynamic {text!r} is not of the form NAME:DIM, such as input_ids:1")
+        found.setdefault(name, []).append(int(dim))
+    return found
 
 
 @contextlib.contextmanager

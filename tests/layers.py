@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from oracle import PerSampleGradients, assert_close, assert_same_gradients, gradients
@@ -13,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from zoo import Inputs, call
 
+from dpcompile import certified
 from dpcompile.api import Analysis, prove
 from dpcompile.emitted import Emitted
 from dpcompile.ir import Program
@@ -22,8 +25,11 @@ from dpcompile.runtime import DPModule
 
 RTOL = 1e-8
 BATCH_SIZES = (3, 1, 4, 0)
+CHUNKED = "chunked"  # ghost norms whose products and sums are cut into the smallest parts
 METHODS = ("auto", "ghost", "explicit")
-FORCED = (*METHODS, "forced-explicit")  # and explicit gradients that are dropped after the norm
+FORCED = (*METHODS, "forced-explicit", CHUNKED)  # and explicit gradients that are dropped after the norm
+EVERY = ("ghost", "forced-explicit", "forced-kept")  # what grids of shapes go through
+EVERY_FORM = (*EVERY, CHUNKED)  # of uses that have Gram matrices
 
 Loss = Callable[[Any], Tensor]
 
@@ -87,18 +93,26 @@ def compile_all(
 ) -> Compiled:
     """The module analysed once and emitted for every norm method (or for those named)."""
     analysis = prove(module, sample, batched=batched, loss_reduction=reduction).conclude()
-    made: dict[tuple[Method, ...], Emitted] = {}
+    made: dict[tuple[Any, ...], Emitted] = {}
     emitted: dict[str, Emitted] = {}
     for name, plan in _plans(analysis).items():
         if name not in methods:
             continue
-        key = tuple(choice.method for choice in plan.choices.values())
+        key = (name == CHUNKED, *(choice.method for choice in plan.choices.values()))
         if key not in made:
             program = _copied(analysis.backward.program)
             fresh = replace(analysis, backward=replace(analysis.backward, program=program))
-            made[key] = fresh.emit(plan, mean=reduction == "mean")
+            with _in_chunks(fresh) if name == CHUNKED else nullcontext(fresh) as fresh:
+                made[key] = fresh.emit(plan, mean=reduction == "mean")
         emitted[name] = made[key]
     return Compiled(analysis, emitted)
+
+
+@contextmanager
+def _in_chunks(analysis: Analysis) -> Iterator[Analysis]:
+    """What is emitted here cuts every sum of more than two terms; nothing of it is shared with other plans."""
+    with mock.patch.multiple(certified, BLOCK=2, SHORT=2, LONG=2):
+        yield replace(analysis, memo={})
 
 
 def _plans(analysis: Analysis) -> dict[str, Plan]:
@@ -114,7 +128,7 @@ def _plans(analysis: Analysis) -> dict[str, Plan]:
         able = {group.name for group in plan.costs.groups if method in group.methods}
         choices = {name: Choice(method, "forced") if name in able else old for name, old in plan.choices.items()}
         plans[f"forced-{method.value}"] = replace(plan, choices=choices)
-    return plans
+    return plans | {CHUNKED: plans["ghost"]}
 
 
 def _copied(program: Program) -> Program:
@@ -132,6 +146,7 @@ def check_module(
     reduction: str = "sum",
     batch_sizes: tuple[int, ...] = BATCH_SIZES,
     methods: tuple[str, ...] = METHODS,
+    backend: str | None = None,
 ) -> Compiled:
     """Norms and clipped gradients of every norm method equal the oracle's; with an infinite bound, plain autograd's.
 
@@ -145,10 +160,10 @@ def check_module(
         inputs = draw(compiled.analysis, sample, batch_size)
         truth = per_sample(module, compiled.analysis, inputs, loss, batch_size)
         for name, emitted in {id(e): (n, e) for n, e in compiled.emitted.items()}.values():
-            for bound in (truth.splitting_norm(), float("inf")) if batch_size else (1.0,):
-                _check_step(
-                    module, emitted, inputs, loss, reduction, truth, bound, f"{name}, B={batch_size}, R={bound}"
-                )
+            bounds = (truth.splitting_norm(), float("inf")) if batch_size else (1.0,)
+            for bound in bounds[:1] if backend else bounds:  # what a compiler makes does not depend on it
+                label = f"{name}, B={batch_size}, R={bound}"
+                _check_step(module, emitted, inputs, loss, reduction, truth, bound, label, backend)
         if batch_size:
             _check_autograd(module, inputs, loss, truth)
     return compiled
@@ -193,13 +208,20 @@ def per_sample(
 
 
 def step(
-    module: nn.Module, emitted: Emitted, inputs: Inputs, loss: Loss, reduction: str = "sum", bound: float = 1.0
+    module: nn.Module,
+    emitted: Emitted,
+    inputs: Inputs,
+    loss: Loss,
+    reduction: str = "sum",
+    bound: float = 1.0,
+    backend: str | None = None,
 ) -> DPModule:
-    """One backward of the compiled module from cleared gradients."""
+    """One backward of the compiled module from cleared gradients, eager or by torch.compile with that backend."""
     dp_model = DPModule(module, emitted)
     dp_model.max_grad_norm = bound
     module.zero_grad()
-    losses_B = loss(call(dp_model, inputs))
+    run: Any = torch.compile(dp_model, fullgraph=True, backend=backend) if backend else dp_model
+    losses_B = loss(call(run, inputs))
     (losses_B.mean() if reduction == "mean" else losses_B.sum()).backward()
     return dp_model
 
@@ -213,8 +235,9 @@ def _check_step(
     truth: PerSampleGradients,
     bound: float,
     label: str,
+    backend: str | None,
 ) -> None:
-    dp_model = step(module, emitted, inputs, loss, reduction, bound)
+    dp_model = step(module, emitted, inputs, loss, reduction, bound, backend)
     divisor = max(len(truth.norms), 1) if reduction == "mean" else 1
     expected = {name: g / divisor for name, g in truth.clipped_sum(bound).items()}
     try:

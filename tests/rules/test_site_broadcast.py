@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from layers import Apply, check_module, folded_loss
+from layers import EVERY, Apply, check_module, folded_loss
 from torch import Tensor, nn
 
 T, D = 3, 4
@@ -158,7 +158,6 @@ def test_attention_with_a_learned_query() -> None:
     check_module(Apply(run, query=(1, 2, 1, D)), torch.randn(3, 2, T, D))
 
 
-EVERY = ("ghost", "forced-explicit", "forced-kept")
 MEETINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mul": torch.mul,
     "sub with a factor": lambda x, w: torch.sub(w, x, alpha=0.5),

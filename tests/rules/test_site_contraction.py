@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from layers import FORCED, Apply, check_module, folded_loss, loss_at
+from layers import EVERY_FORM, FORCED, Apply, check_module, folded_loss, loss_at
 from torch import nn
 
 small = settings(max_examples=4, deadline=None, derandomize=True)
@@ -121,7 +121,6 @@ def test_batch_folded_between_heads_and_positions() -> None:
     check_module(Apply(run, w=(P, D), b=(P,)), torch.randn(3, H, T, D))
 
 
-EVERY = ("ghost", "forced-explicit", "forced-kept")
 few = settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
 
 
@@ -148,7 +147,7 @@ def test_einsum_of_any_two_operands(data: st.DataObject) -> None:
 
     module = Apply(run, w=tuple(size[name] for name in weight))
     sample = torch.randn(3, *(size[name] for name in inside))
-    found = check_module(module, sample, batch_sizes=(3, 0), methods=EVERY)
+    found = check_module(module, sample, batch_sizes=(3, 0), methods=EVERY_FORM)
     assert set(found.rules.values()) == {"contraction" if weight else "fallback"}
 
 
@@ -172,7 +171,7 @@ def test_matmul_of_any_ranks(left: list[int], right: list[int], sizes: tuple[int
         spread = value.reshape(-1, *[1] * (len(right) - len(left)), *x)
         return m.w.mT @ spread.mT if flipped else spread @ m.w
 
-    check_module(Apply(run, w=w), torch.randn(3, *x), batch_sizes=(3, 0), methods=EVERY)
+    check_module(Apply(run, w=w), torch.randn(3, *x), batch_sizes=(3, 0), methods=EVERY_FORM)
 
 
 @few
@@ -193,7 +192,7 @@ def test_tensordot_over_any_dimensions(dims: list[int], contracted: int, sizes: 
         return torch.tensordot(x, m.w, dims=(mine, other))
 
     module = Apply(run, w=(p, *(shape[i] for i in over)))
-    found = check_module(module, torch.randn(3, *shape), batch_sizes=(3, 0), methods=EVERY)
+    found = check_module(module, torch.randn(3, *shape), batch_sizes=(3, 0), methods=EVERY_FORM)
     assert set(found.rules.values()) == {"contraction"}
 
 
@@ -211,7 +210,9 @@ def test_added_products_with_any_factors(rows: int, width: int, alpha: float, be
     def run(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return torch.baddbmm(m.b, x.transpose(0, 1), m.w, alpha=alpha, beta=beta).transpose(0, 1)
 
-    check_module(Apply(run, w=(H, rows, width), b=shape), torch.randn(3, H, rows), batch_sizes=(3, 0), methods=EVERY)
+    check_module(
+        Apply(run, w=(H, rows, width), b=shape), torch.randn(3, H, rows), batch_sizes=(3, 0), methods=EVERY_FORM
+    )
 
 
 SPREAD = {
@@ -231,12 +232,14 @@ SPREAD = {
 @pytest.mark.parametrize("name", SPREAD)
 def test_einsum_that_spreads(name: str) -> None:
     equation, sample, weight = SPREAD[name]
-    check_module(Apply(lambda m, x: torch.einsum(equation, x, m.w), w=weight), torch.randn(3, *sample), methods=EVERY)
+    check_module(
+        Apply(lambda m, x: torch.einsum(equation, x, m.w), w=weight), torch.randn(3, *sample), methods=EVERY_FORM
+    )
 
 
 def test_inner_of_many_dimensions() -> None:
     module = Apply(lambda m, x: torch.inner(x, m.w), w=(2, P, D))
-    found = check_module(module, torch.randn(3, T, D), methods=EVERY)
+    found = check_module(module, torch.randn(3, T, D), methods=EVERY_FORM)
     assert set(found.rules.values()) == {"contraction"}
 
 

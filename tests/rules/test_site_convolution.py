@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
-from layers import FORCED, Apply, check_module, folded_loss
+from layers import EVERY_FORM, FORCED, Apply, check_module, folded_loss
 from torch import nn
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -110,7 +110,6 @@ def test_a_kernel_made_from_the_parameter() -> None:
     assert found.spaces == {"w": "pullback"}
 
 
-EVERY = ("ghost", "forced-explicit", "forced-kept")
 few = settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
 
 
@@ -136,7 +135,7 @@ def test_convolution_with_any_arguments(data: st.DataObject, n: int, groups: int
     )
     if bias and data.draw(st.booleans(), label="bias alone"):
         module.weight.requires_grad_(False)
-    found = check_module(module, torch.randn(3, groups * depth, *sizes), batch_sizes=(3, 0), methods=EVERY)
+    found = check_module(module, torch.randn(3, groups * depth, *sizes), batch_sizes=(3, 0), methods=EVERY_FORM)
     assert set(found.rules.values()) <= {"convolution", "broadcast"}
 
 
@@ -164,7 +163,7 @@ def test_transposed_convolution_with_any_arguments(
         data.draw(st.booleans(), label="bias"),
         dilation,
     )
-    found = check_module(module, torch.randn(3, groups * depth, *sizes), batch_sizes=(3, 0), methods=EVERY)
+    found = check_module(module, torch.randn(3, groups * depth, *sizes), batch_sizes=(3, 0), methods=EVERY_FORM)
     assert set(found.rules.values()) == {"convolution"}
 
 
@@ -172,11 +171,11 @@ def test_transposed_convolution_with_any_arguments(
 def test_functional_convolution_with_arguments_by_default(transposed: bool) -> None:
     function = nn.functional.conv_transpose2d if transposed else nn.functional.conv2d
     module = Apply(lambda m, x: function(x, m.w), w=(2, 3, 2, 1) if transposed else (3, 2, 2, 1))
-    check_module(module, torch.randn(3, 2, 3, 3), methods=EVERY)
+    check_module(module, torch.randn(3, 2, 3, 3), methods=EVERY_FORM)
 
 
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
 def test_kernel_whose_image_and_bias_are_frozen(kind: type[nn.Module]) -> None:
     module = kind(2, 3, 2)
     module.bias.requires_grad_(False)
-    check_module(module, torch.randn(3, 2, 3, 3), methods=EVERY)
+    check_module(module, torch.randn(3, 2, 3, 3), methods=EVERY_FORM)

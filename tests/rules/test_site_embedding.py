@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from layers import FORCED, Apply, check_module
+from layers import EVERY_FORM, FORCED, Apply, check_module
 from torch import nn
 
 from dpcompile import DPCompileError, dpcompile
@@ -73,9 +73,6 @@ def test_bags_that_do_not_follow_the_samples_are_refused_by_name() -> None:
         dpcompile(Apply(fn, table=(5, 2)), IDS)
 
 
-EVERY = ("ghost", "forced-explicit", "forced-kept")
-
-
 @settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     positions=st.integers(0, 3),
@@ -106,18 +103,18 @@ def test_look_up_with_any_arguments(positions: int, rows: int, width: int, paddi
         module: nn.Module = nn.Embedding(rows, width, padding_idx=padding, sparse=way == "sparse")
     else:
         module = Apply(run, table=(rows, width))
-    check_module(module, ids, batch_sizes=(3, 0), methods=EVERY)
+    check_module(module, ids, batch_sizes=(3, 0), methods=EVERY_FORM)
 
 
 def test_rows_that_are_matrices() -> None:
-    check_module(Apply(lambda m, ids: m.table[ids], table=(5, 2, 3)), IDS, methods=EVERY)
+    check_module(Apply(lambda m, ids: m.table[ids], table=(5, 2, 3)), IDS, methods=EVERY_FORM)
 
 
 @pytest.mark.parametrize("dim", [1, -1])
 def test_table_looked_up_along_its_second_dimension_by_folded_ids(dim: int) -> None:
     module = Apply(lambda m, ids: m.table.index_select(dim, ids.flatten()).t().unflatten(0, (-1, 3)), table=(2, 5))
-    check_module(module, IDS, methods=EVERY)
+    check_module(module, IDS, methods=EVERY_FORM)
 
 
 def test_two_indices_at_once() -> None:
-    check_module(Apply(lambda m, ids: m.table[ids, ids.flip(1)], table=(5, 5)), IDS, methods=EVERY)
+    check_module(Apply(lambda m, ids: m.table[ids, ids.flip(1)], table=(5, 5)), IDS, methods=EVERY_FORM)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from layers import Apply, check_module, folded_loss, loss_at
+from layers import EVERY, Apply, check_module, folded_loss, loss_at
 from torch import nn
 
 
@@ -115,7 +115,6 @@ def test_weight_shifted_by_one() -> None:
     check_module(Apply(run, w=(4,)), torch.randn(3, 2, 4))
 
 
-EVERY = ("ghost", "forced-explicit", "forced-kept")
 few = settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
 
 
