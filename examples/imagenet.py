@@ -12,8 +12,8 @@ GroupNorm; weights from Places365, trained without privacy; the stem and early b
 (arXiv:2204.13650).
 
 By default scikit-learn's digits stand in, enlarged to 32 x 32: 0 to 4 are public, 5 to 9 private, and a quarter of the
-usual width does. That takes a minute and reaches 97.8 % at epsilon 10, delta 1e-4. Digits are too easy to show what
-public data are worth: the second command, whose frozen half is random, reaches 97.2 %, one test image of 180 less.
+usual width does. That takes a minute and reaches 98.3 % at epsilon 10, delta 1e-4. Digits are too easy to show what
+public data are worth: the second command, whose frozen half is random, reaches 97.2 %, two test images of 180 less.
 Folders hold train/CLASS/*.jpg and val/CLASS/*.jpg; without --public-dir the first half of the classes is public.
 """
 

@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 from zoo import (
     CLASSES,
     POSITIONS,
+    SMALL,
     VOCAB,
     Case,
     Inputs,
@@ -34,16 +35,7 @@ from zoo import (
 
 Batch = Callable[[int, Generator], Inputs]
 
-_SMALL = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "num_labels": CLASSES,
-}
-_ENCODER = _SMALL | {"vocab_size": VOCAB, "max_position_embeddings": 16}
+_ENCODER = SMALL | {"vocab_size": VOCAB, "max_position_embeddings": 16}
 _DECODER = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
@@ -57,7 +49,7 @@ _DECODER = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_VISION = _SMALL | {"image_size": 8, "patch_size": 4}
+_VISION = SMALL | {"image_size": 8, "patch_size": 4}
 _SEQ2SEQ = {
     "vocab_size": VOCAB,
     "d_model": 16,
@@ -435,7 +427,7 @@ _classifier(
 _classifier(
     "fnet",
     "FNet",
-    _SMALL | {"vocab_size": VOCAB, "max_position_embeddings": 16},
+    SMALL | {"vocab_size": VOCAB, "max_position_embeddings": 16},
     batch=lambda b, g: {"input_ids": token_ids(b, g)},
 )
 _classifier(
@@ -531,108 +523,22 @@ _SWIN = {
 }
 _image_classifier("swin", "Swin", _SWIN, 16)
 _image_classifier("swinv2", "Swinv2", _SWIN, 16)
-_STAGES = {"num_stages": 2, "depths": [1, 1], "hidden_sizes": [8, 16], "drop_path_rate": 0.0, "num_labels": CLASSES}
-_image_classifier("convnext", "ConvNext", _STAGES | {"image_size": 16}, 16)
-_image_classifier("convnextv2", "ConvNextV2", _STAGES | {"image_size": 16}, 16)
-_PYRAMID = {
-    "num_encoder_blocks": 2,
-    "depths": [1, 1],
-    "sr_ratios": [2, 1],
-    "hidden_sizes": [8, 16],
-    "patch_sizes": [3, 3],
-    "strides": [2, 2],
-    "num_attention_heads": [1, 2],
-    "mlp_ratios": [2, 2],
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "classifier_dropout_prob": 0.0,
-    "drop_path_rate": 0.0,
-    "num_labels": CLASSES,
-}
-_image_classifier("segformer", "Segformer", _PYRAMID, 16)
-_image_classifier(
-    "pvt",
-    "Pvt",
-    {
-        "image_size": 16,
-        "num_encoder_blocks": 2,
-        "depths": [1, 1],
-        "sequence_reduction_ratios": [2, 1],
-        "hidden_sizes": [8, 16],
-        "patch_sizes": [4, 2],
-        "strides": [4, 2],
-        "num_attention_heads": [1, 2],
-        "mlp_ratios": [2, 2],
-        "drop_path_rate": 0.0,
-        "num_labels": CLASSES,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    },
-    16,
-)
-_image_classifier(
-    "pvt_v2",
-    "PvtV2",
-    {
-        "image_size": 16,
-        "num_encoder_blocks": 2,
-        "depths": [1, 1],
-        "sr_ratios": [2, 1],
-        "hidden_sizes": [8, 16],
-        "patch_sizes": [3, 3],
-        "strides": [2, 2],
-        "num_attention_heads": [1, 2],
-        "mlp_ratios": [2, 2],
-        "drop_path_rate": 0.0,
-        "num_labels": CLASSES,
-    },
-    16,
-)
-_image_classifier(
-    "poolformer",
-    "PoolFormer",
-    {
-        "num_encoder_blocks": 2,
-        "depths": [1, 1],
-        "hidden_sizes": [8, 16],
-        "patch_sizes": [3, 3],
-        "strides": [2, 2],
-        "padding": [1, 1],
-        "mlp_ratio": 2.0,
-        "drop_path_rate": 0.0,
-        "num_labels": CLASSES,
-    },
-    16,
-)
-_image_classifier(
-    "focalnet",
-    "FocalNet",
-    {
-        "image_size": 16,
-        "patch_size": 2,
-        "embed_dim": 8,
-        "depths": [1, 1],
-        "hidden_sizes": [8, 16],
-        "focal_levels": [2, 2],
-        "focal_windows": [3, 3],
-        "drop_path_rate": 0.0,
-        "num_labels": CLASSES,
-    },
-    16,
-)
-_image_classifier(
-    "bit",
-    "Bit",
-    {
-        "embedding_size": 8,
-        "hidden_sizes": [8, 16],
-        "depths": [1, 1],
-        "num_groups": 2,
-        "drop_path_rate": 0.0,
-        "num_labels": CLASSES,
-    },
-    16,
-)
+_LEVELS = {"depths": [1, 1], "hidden_sizes": [8, 16], "drop_path_rate": 0.0, "num_labels": CLASSES}
+_STAGES = _LEVELS | {"num_stages": 2, "image_size": 16}
+_image_classifier("convnext", "ConvNext", _STAGES, 16)
+_image_classifier("convnextv2", "ConvNextV2", _STAGES, 16)
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_HEADS = {"num_encoder_blocks": 2, "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}
+_PYRAMID = _LEVELS | _HEADS | {"sr_ratios": [2, 1], "patch_sizes": [3, 3], "strides": [2, 2]}
+_image_classifier("segformer", "Segformer", _PYRAMID | _NO_DROPOUT | {"classifier_dropout_prob": 0.0}, 16)
+_REDUCED = {"sequence_reduction_ratios": [2, 1], "patch_sizes": [4, 2], "strides": [4, 2]}
+_image_classifier("pvt", "Pvt", _LEVELS | _HEADS | _REDUCED | _NO_DROPOUT | {"image_size": 16}, 16)
+_image_classifier("pvt_v2", "PvtV2", _PYRAMID | {"image_size": 16}, 16)
+_POOLS = {"num_encoder_blocks": 2, "patch_sizes": [3, 3], "strides": [2, 2], "padding": [1, 1], "mlp_ratio": 2.0}
+_image_classifier("poolformer", "PoolFormer", _LEVELS | _POOLS, 16)
+_FOCAL = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "focal_levels": [2, 2], "focal_windows": [3, 3]}
+_image_classifier("focalnet", "FocalNet", _LEVELS | _FOCAL, 16)
+_image_classifier("bit", "Bit", _LEVELS | {"embedding_size": 8, "num_groups": 2}, 16)
 _image_classifier(
     "hiera",
     "Hiera",
@@ -717,7 +623,7 @@ _add(
     "vivit",
     "VivitForVideoClassification",
     "VivitConfig",
-    _SMALL | {"image_size": 8, "num_frames": 2, "tubelet_size": [2, 4, 4]},
+    SMALL | {"image_size": 8, "num_frames": 2, "tubelet_size": [2, 4, 4]},
     videos,
 )
 
@@ -748,7 +654,7 @@ _add(
     "ast",
     "ASTForAudioClassification",
     "ASTConfig",
-    _SMALL | {"patch_size": 4, "frequency_stride": 2, "time_stride": 2, "max_length": 10, "num_mel_bins": 8},
+    SMALL | {"patch_size": 4, "frequency_stride": 2, "time_stride": 2, "max_length": 10, "num_mel_bins": 8},
     spectra(10, 8),
 )
 _add(

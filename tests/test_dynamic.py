@@ -122,7 +122,12 @@ def named(case: Case, spec: Spec) -> Spec:
     return [*spec.values()] if isinstance(spec, dict) and isinstance(case.sample_input, Tensor) else spec
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = ("llama", "t5")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MODELS]
+)
 def test_every_length_of_one_compile_equals_one_sample_at_a_time(name: str, subtests: pytest.Subtests) -> None:
     build, inputs, spec = MODELS[name]
     case = build().to(torch.float64)
@@ -167,7 +172,7 @@ def test_the_fused_form_at_any_length() -> None:
         check_against_oracle(own, dp_model, 2, max_grad_norm=bound, fused=True, seed=length, over=1e-3)
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_torch_compile_makes_one_graph_for_all_lengths(fused: bool) -> None:
     case, bound, dp_model = compiled_gpt2(**({"loss_fn": token_loss} if fused else {}))
     graphs: list[Any] = []
@@ -212,15 +217,13 @@ def test_other_options(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = Positions().double()
     free = dpcompile(model, torch.randint(VOCAB, (3, LENGTHS[0])), dynamic=[1], **options)
-    for length in LENGTHS:
-        data = torch.randint(VOCAB, (6, length))
-        norms = []
-        for dp_model in (free, dpcompile(model, data, **options)):
-            model.zero_grad()
-            dp_model(data).square().sum().backward()
-            norms += [dp_model.per_sample_norms, model.mix.grad]
-        assert torch.allclose(norms[0], norms[2], rtol=1e-8)
-        assert torch.allclose(norms[1], norms[3], rtol=1e-8)  # pyright: ignore[reportArgumentType]
+    data = torch.randint(VOCAB, (6, LENGTHS[1]))
+    found = []
+    for dp_model in (free, dpcompile(model, data, **options)):
+        model.zero_grad()
+        dp_model(data).square().sum().backward()
+        found.append((dp_model.per_sample_norms, {name: p.grad for name, p in model.named_parameters()}))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=0)
 
 
 def test_flops_at_the_samples_length_are_those_of_the_plan() -> None:
@@ -233,21 +236,20 @@ def test_flops_at_the_samples_length_are_those_of_the_plan() -> None:
 
 
 def test_the_plan_shows_for_which_lengths_a_choice_is_the_best() -> None:
-    model = nn.Sequential(nn.Embedding(VOCAB, 8), nn.Linear(8, 64), nn.Linear(64, 8))
+    model = nn.Sequential(nn.Embedding(VOCAB, 8).requires_grad_(False), nn.Linear(8, 64))
     data = torch.randint(VOCAB, (16, 12))
     plan = dpcompile(model, data, dynamic={"input": [1]}, validate="off").plan
     assert "batch size 16, T = 12 (free), device" in str(plan)
     assert "best for T" in str(plan)
     assert "best for T" not in str(dpcompile(model, data, validate="off").plan)
-    for name, choice in plan.choices.items():
-        if choice.span is None:
-            continue
-        least, greatest = choice.span.of(12)
-        assert least <= 12
-        for length, same in ((least, True), (greatest, True), ((greatest or 0) + 1, False)):
-            if greatest is not None:
-                other = dpcompile(model, torch.randint(VOCAB, (16, length)), validate="off").plan
-                assert (other.choices[name].method is choice.method) == same
+    choice = plan.choices["1.weight"]
+    assert choice.span is not None
+    least, greatest = choice.span.of(12)
+    assert least <= 12
+    assert greatest is not None
+    for length, same in ((least, True), (greatest, True), (greatest + 1, False)):
+        other = dpcompile(model, torch.randint(VOCAB, (16, length)), validate="off").plan
+        assert (other.choices["1.weight"].method is choice.method) == same
 
 
 class Uses(nn.Module):

@@ -155,20 +155,7 @@ def _case(
 
 # Transformers from Hugging Face ---------------------------------------------------------------------------------------
 
-_ENCODER = {
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 16,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "num_labels": CLASSES,
-}
-_VISION = {
-    "image_size": 8,
-    "patch_size": 4,
+SMALL = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
@@ -177,6 +164,8 @@ _VISION = {
     "attention_probs_dropout_prob": 0.0,
     "num_labels": CLASSES,
 }
+_ENCODER = SMALL | {"vocab_size": VOCAB, "max_position_embeddings": 16}
+_VISION = SMALL | {"image_size": 8, "patch_size": 4}
 
 
 def _gpt2_model() -> nn.Module:
