@@ -129,7 +129,9 @@ def trace(
         with mode:
             module = make_fx(fn, decomposition_table=table, tracing_mode="real")(*values)
             if any(_mutates(node) for node in module.graph.nodes):
-                # some ops (circular padding) are copies into an empty tensor: a second trace makes them pure
+                # some ops (circular padding) are copies into an empty tensor: a second trace makes them pure, and
+                # gives results other strides, for which a view need not exist
+                _reshape_views(module)
                 module = make_fx(torch.func.functionalize(module), tracing_mode="real")(*values)
     if vmapped and _symbols(values) != free:
         raise NoRuleError(
@@ -137,6 +139,12 @@ def trace(
             "or of an op with one, fixes them. Compute it with views, pointwise ops and products, or fix the length."
         )
     return module
+
+
+def _reshape_views(module: torch.fx.GraphModule) -> None:
+    for node in module.graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default
+    module.recompile()
 
 
 class ReentrantCheckpointError(RuntimeError):
@@ -214,9 +222,8 @@ def _trace_vmapped(fn: Callable[..., Any], values: Sequence[Any]) -> torch.fx.Gr
                 made[size] = graph.call_function(operator.mul, (batch, size // hint))
         return made[size]
 
+    _reshape_views(module)  # the strides of the trace were those of plain tensors
     for node in list(graph.nodes):
-        if node.target is aten.view.default:  # the strides of the trace were those of plain tensors
-            node.target = aten.reshape.default
         if node.op == "call_function":
             node.args = tuple(
                 [freed(item) for item in arg] if isinstance(arg, (list, tuple)) else freed(arg) for arg in node.args

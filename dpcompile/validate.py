@@ -53,6 +53,8 @@ ROUNDING = 10.0
 on paper and nothing but rounding in a narrower type."""
 SMALL = 1e-4
 """What autograd may be off by there, relative to the gradients of the outputs."""
+VANISHING, VANISHED = 1e-13, 100.0
+"""Norms below the first, relative to those gradients, are zero on paper, and may be so many roots of epsilon."""
 
 LossFn = Callable[..., Tensor] | None
 
@@ -77,7 +79,7 @@ def check_norms(dp_model: DPModule, leaves: Sequence[Any], loss_fn: LossFn) -> s
                 found, truth, parts = _norms(dp_model, two, loss_fn, generator)
             except _Incomparable as reason:
                 return f"nothing: {reason}"
-            if _agree(dp_model, found, truth) or (parts and _is_rounding(dp_model, two, loss_fn, found, truth, parts)):
+            if _agree(dp_model, found, truth) or _is_rounding(dp_model, two, loss_fn, found, truth, parts):
                 return "norms of two samples"
             mismatch = f"{found.tolist()} by the emitted graph, {truth.tolist()} by autograd on each sample alone"
     raise InvalidGraphError(
@@ -101,12 +103,17 @@ def _agree(dp_model: DPModule, found: Tensor, truth: Tensor, noise: float = 0.0)
 def _is_rounding(
     dp_model: DPModule, leaves: list[Any], loss_fn: LossFn, found: Tensor, truth: Tensor, parts: _Parts
 ) -> bool:
-    """Whether the norms agree with those of a copy of the model in float64, as well as autograd's own do.
+    """Whether all that the norms show is rounding, next to nothing beside the gradients that autograd started from.
 
-    Only where autograd is off by what is next to nothing beside the gradients that it started from.
+    Either they vanish, and what is found is no more than the bound on rounding where positions cancel, the root of an
+    epsilon. Or they agree with those of a copy of the model in float64, as well as autograd's own do.
     """
-    if dp_model._emitted.penalty is not None:  # of the model's own parameters, not of the copy's
-        return False
+    started = max(t.double().norm().item() for part in parts for t in part)
+    narrowest = max(torch.finfo(p.dtype).eps for p in dp_model.parameters() if p.requires_grad)
+    if truth.max() <= VANISHING * started:
+        return bool((found <= VANISHED * narrowest**0.5 * started).all())
+    if _draws(dp_model) or dp_model._emitted.penalty is not None:
+        return False  # another type draws other numbers; the penalty is one on the model's own parameters
     model = copy.deepcopy(dp_model.module).double()
     wide = [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in leaves]
     try:
@@ -114,7 +121,6 @@ def _is_rounding(
     except (_Incomparable, RuntimeError):  # a model that names its types is not to be had in another
         return False
     noise = (truth - exact).abs().max().item()
-    started = max(t.double().norm().item() for part in parts for t in part)
     return noise <= SMALL * started and _agree(dp_model, found, exact, ROUNDING * noise)
 
 
@@ -149,10 +155,7 @@ _Parts = list[list[Tensor]]
 def _norms(
     dp_model: DPModule, leaves: list[Any], loss_fn: LossFn, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, _Parts]:
-    """[2] norms by the emitted graph, by autograd on one sample at a time, and the gradients that they started from.
-
-    No such gradients where the model draws random numbers, which another type would draw otherwise.
-    """
+    """[2] norms by the emitted graph, by autograd on one sample at a time, and the gradients that they started from."""
     call, model = dp_model._emitted.call, dp_model.module
     ones = [_one(call, leaves, i) for i in range(2)]
     if not _draws(dp_model):
@@ -162,7 +165,7 @@ def _norms(
         found = _emitted_norms(dp_model, whole, tangents)
         parts = [[_part(t, o, i) for t, o in zip(tangents, own[i], strict=True)] for i in range(2)]
         return found, _truth(dp_model, model, leaves, loss_fn, parts), parts
-    found, truth = [], []
+    found, truth, parts = [], [], []
     for i, one in enumerate(ones):  # alone, so that both draw the same random numbers
         torch.manual_seed(i)
         whole = _private(dp_model, one)
@@ -174,7 +177,8 @@ def _norms(
         tangents = [torch.ones_like(o) if fused else torch.randn(o.shape, generator=generator).to(o) for o in own]
         found.append(_emitted_norms(dp_model, whole, tangents))
         truth.append(_autograd_norm(model, own, tangents))
-    return torch.cat(found), torch.stack(truth) * _per_view(dp_model), []
+        parts.append(tangents)
+    return torch.cat(found), torch.stack(truth) * _per_view(dp_model), parts
 
 
 def _truth(dp_model: DPModule, model: nn.Module, leaves: list[Any], loss_fn: LossFn, parts: _Parts) -> Tensor:

@@ -186,6 +186,15 @@ def test_batch_folded_and_unfolded_around_windows() -> None:
     check_module(module, torch.randn(3, 4, 4, D))
 
 
+def test_an_op_whose_backward_writes_in_place_behind_a_transposed_layer() -> None:
+    """Its gradient has other strides than the layer's result, so what could be viewed has to be copied."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        return torch.maximum(m.f(x).transpose(0, 1), m.least).transpose(0, 1)
+
+    check_module(Apply(run, modules={"f": nn.Linear(D, P)}, least=(P,)), torch.randn(3, T, D))
+
+
 def test_two_inputs_with_their_batches_at_different_dimensions() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

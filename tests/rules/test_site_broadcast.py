@@ -127,6 +127,14 @@ def test_masked_fill_with_a_parameter() -> None:
     check_module(Apply(run, value=()), (torch.randn(3, T, D), BOOLS))
 
 
+@pytest.mark.parametrize("op", [torch.gt, torch.le, torch.ne, torch.fmod, torch.remainder])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_ops_that_count_numbers_without_dimensions_otherwise(op: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
+    """What a comparison gives is a truth value, and not the type in which it compares."""
+    module = Apply(lambda m, x: x * m.scale * op(x, m.edge), scale=(D,), edge=shape)
+    check_module(module, torch.randn(3, T, D), batch_sizes=(3,))
+
+
 def test_folded_output() -> None:
     check_module(Apply(lambda m, x: x.view(-1, D) * m.w, w=(D,)), torch.randn(3, T, D), loss=folded_loss(T))
 

@@ -167,6 +167,11 @@ def test_transposed_convolution_with_any_arguments(
     assert set(found.rules.values()) == {"convolution"}
 
 
+def test_a_kernel_of_one_whose_result_is_padded() -> None:
+    module = nn.ConvTranspose1d(2, 3, 1, output_padding=1, dilation=2)
+    check_module(module, torch.randn(3, 2, 4), batch_sizes=(3,), methods=EVERY_FORM)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_functional_convolution_with_arguments_by_default(transposed: bool) -> None:
     function = nn.functional.conv_transpose2d if transposed else nn.functional.conv2d

@@ -60,7 +60,7 @@ class Broadcast:
             if slot in call.slots:
                 leaf = _leaf(value, axis, rank, batch)
                 taps[slot] = Tap(leaf)
-                arguments = put(arguments, slot, leaf.to(call.out.dtype) if value.dim() == 0 else leaf)
+                arguments = put(arguments, slot, leaf.to(_dtype_beside(value, call)) if value.dim() == 0 else leaf)
             elif axis.folded:
                 arguments = put(arguments, slot, _unfolded(value, axis, rank, call.axis(slot) is not None))
         if call.node.target is aten.expand.default and axis.folded:
@@ -89,6 +89,13 @@ class Broadcast:
     def work(self, call: Call, slot: str) -> Work:
         size = max(math.prod(call.sizes(slot)), 1)
         return Work("explicit", max(per_sample_size(call.out, call.out_axis) // size, 1), 1, size)
+
+
+def _dtype_beside(value: torch.Tensor, call: Call) -> torch.dtype:
+    """What a value without dimensions counts as in an op with tensors that have some: torch promotes it otherwise."""
+    metas = [call.meta(slot) for slot in slots_of(call.arguments)]
+    others = [meta for meta in metas if meta.dim() and meta.dtype is not torch.bool]
+    return call.out.dtype if call.out.is_floating_point() or not others else torch.result_type(others[0], value)
 
 
 def _first(grad: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

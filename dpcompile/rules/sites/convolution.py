@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from dpcompile.forms import Explicit, Form, Outer
 from dpcompile.ir import Axis
+from dpcompile.rules.batching.base import size_of
 from dpcompile.rules.sites.base import Call, Tap, Work, call_bound, per_sample_size, tapped
 from dpcompile.rules.sites.reduce import reduce_to
 from dpcompile.shapes import hint, unfolded
@@ -86,6 +87,9 @@ def patches(image: torch.Tensor, window: Window, positions: tuple[int, ...]) -> 
             image = image[..., ::dilation] if dilation != 1 else image
             image = image.narrow(2 + i, 0, positions[i])
         image = image.permute(0, 1, *range(2 + n, 2 + 2 * n), *range(2, 2 + n))
+    elif [size_of(size) for size in image.shape[2:]] != [size_of(size) for size in positions]:
+        for i, count in enumerate(positions):  # without the places that output_padding adds at the end
+            image = image.narrow(2 + i, 0, count)
     groups = window.groups
     depth = channels // groups * math.prod(window.kernel)
     return image.reshape(image.shape[0], groups, depth, math.prod(positions))
