@@ -80,6 +80,19 @@ def test_report_takes_batch_policy_device_and_json(tmp_path: Path) -> None:
     assert (plan["policy"], plan["batch_size"], plan["device"]["name"]) == ("paper", 3, "cuda")
 
 
+def test_report_shows_for_which_lengths_choices_stay(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    result = RUNNER.invoke(app, ["report", *GPT2, "--dynamic", "input_ids:1", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "T = 5 (free)" in result.output
+    assert "best for T" in result.output
+    plan = json.loads(file.read_text())
+    assert plan["lengths"] == {"T": 5}
+    (head,) = [row for row in plan["rows"] if row["module"] == "lm_head" and row["kind"] == "outer"]
+    least, greatest = head["best_for_T"]
+    assert least <= 5 <= (greatest or 5)
+
+
 def test_report_counts_the_products_of_attention(tmp_path: Path) -> None:
     backbone = []
     for seq in (4, 8):
@@ -165,6 +178,8 @@ def test_graph_draws_svg(part: str, models: str, tmp_path: Path) -> None:
         (["report", "hf:GPT2LMHead"], "did you mean GPT2LMHeadModel"),
         (["report", "hf:GPT2LMHeadModel", "--set", "n_layers=2"], "did you mean n_layer"),
         (["report", "hf:GPT2LMHeadModel", "--set", "n_layer"], "not of the form"),
+        (["report", "MODELS:with_sample", "--dynamic", "x"], "not of the form NAME:DIM"),
+        (["check", "MODELS:with_sample", "--dynamic", "y:1"], "names ['y'], but the arguments are ['x']"),
     ],
 )
 def test_bad_arguments_end_with_one_line(
