@@ -109,8 +109,6 @@ def of_leaf(name: str, shape: Sequence[int], batch_dim: int | None, dims: Mappin
 
 LARGEST = 2**18
 """How far a length is tried where the trace has decided anything by it, beyond which no greater one is accepted."""
-
-
 STEPS = range(1, 65)
 """Distances of lengths that are tried: a model that halves a signal six times takes multiples of 64."""
 
@@ -127,8 +125,8 @@ def proven(asked: Length, size: torch.SymInt, batch: torch.SymInt) -> Length:
     for expr in decisions:
         if expr.free_symbols - {symbol}:
             raise CaptureError(f"capture: the model compares the length {asked.name} with another ({expr}). {CURE}")
-    holds = [_function(symbol, expr) for expr in decisions if not _is_bound(expr)]
     found = Length(asked.name, max(low, 1), high)
+    holds = [_function(symbol, expr) for expr in decisions if not _is_bound(expr, symbol, found)]
     if holds:
         ranges = [_range(asked.name, sample, step, found, holds) for step in STEPS]
         found = max(ranges, key=_count)
@@ -144,13 +142,13 @@ def proven(asked: Length, size: torch.SymInt, batch: torch.SymInt) -> Length:
     return Length(asked.name, max(found.low, asked.low), high, found.step)
 
 
-def _is_bound(expr: sympy.Basic) -> bool:
-    """Whether it is true of all values, or compares the length with a number: bounds_of knows that."""
-    return expr == sympy.true or (
-        isinstance(expr, (sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le))
-        and expr.args[0].is_Symbol
-        and expr.args[1].is_Integer
-    )
+def _is_bound(expr: sympy.Basic, symbol: sympy.Symbol, within: Length) -> bool:
+    """Whether it is true of all values, or compares the length with a number and is true of all within its bounds."""
+    if not isinstance(expr, (sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le)):
+        return expr == sympy.true
+    ends = (within.low, sympy.oo if within.high is None else within.high)
+    compared = expr.args[0] == symbol and expr.args[1].is_Integer
+    return compared and all(expr.subs(symbol, end) == sympy.true for end in ends)
 
 
 def _function(symbol: sympy.Symbol, expr: sympy.Basic) -> Callable[[int], bool]:

@@ -133,7 +133,7 @@ def trace(
                 # gives results other strides, for which a view need not exist
                 _reshape_views(module)
                 module = make_fx(torch.func.functionalize(module), tracing_mode="real")(*values)
-    if vmapped and _symbols(values) != free:
+    if vmapped and len(free) > 1 and _symbols(values) != free:
         raise NoRuleError(
             "find-sites: lengths are free (dynamic=), and torch.func.vmap of a value that is computed from parameters, "
             "or of an op with one, fixes them. Compute it with views, pointwise ops and products, or fix the length."

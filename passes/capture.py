@@ -365,7 +365,10 @@ def _with_lengths(program: Program, call: CallSpec) -> tuple[Program, CallSpec]:
                     f"capture: dimension {dim} of `{leaf.name}` is no length of its own but {what_it_is}. {CURE}"
                 )
             sizes.setdefault(expr, size)
-            lengths.setdefault(expr, asked_range(what, f"T{len(lengths) + 1 if lengths else ''}"))
+            if expr not in lengths:
+                own = asked_range(what, f"T{len(lengths) + 1 if lengths else ''}")
+                taken = own.name in {length.name for length in lengths.values()}
+                lengths[expr] = replace(own, name=f"{own.name}_{len(lengths) + 1}") if taken else own
             free[dim] = lengths[expr].name
         leaves.append(replace(leaf, free=free))
     return replace(program, lengths=tuple(sizes.values())), replace(
