@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from oracle import arithmetic_of, check_against_autograd, check_against_oracle, splitting_norm
 from torch import Generator, Tensor, nn
 from torch.export import Dim
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import CASES, CLASSES, SAMPLE_BATCH, VOCAB, Case, class_loss, logits_of, token_ids
 
-from dpcompile import CaptureError, DPModule, dpcompile
+from dpcompile import CaptureError, DPModule, dpcompile, make_private
 from dpcompile.api import prove
 from dpcompile.errors import NoRuleError
 from dpcompile.rules.batching.base import product, quotient, total
@@ -224,6 +225,39 @@ def test_other_options(options: dict[str, Any]) -> None:
         dp_model(data).square().sum().backward()
         found.append((dp_model.per_sample_norms, {name: p.grad for name, p in model.named_parameters()}))
     torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=0)
+
+
+def test_a_private_run_on_batches_of_many_lengths() -> None:
+    """Every physical batch is as long as its longest text."""
+    texts = [torch.arange(1, 3 + i % 7) for i in range(40)]
+
+    def longest(rows: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+        padded = nn.utils.rnn.pad_sequence([text for text, _ in rows], batch_first=True)
+        return padded, torch.tensor([label for _, label in rows])
+
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(VOCAB, 8, padding_idx=0), nn.Linear(8, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.table(ids).tanh().mean(1))
+
+    torch.manual_seed(0)
+    dp_model = dpcompile(Classifier(), torch.randint(1, VOCAB, (4, 6)), dynamic={"ids": [1]})
+    data = [(text, i % 3) for i, text in enumerate(texts)]
+    loader = DataLoader(data, batch_size=8, collate_fn=longest)  # pyright: ignore[reportArgumentType]
+    optimizer = torch.optim.SGD(dp_model.parameters(), 0.1)
+    options = {"noise_multiplier": 1.0, "target_delta": 1e-3, "batch_size": 12, "max_physical_batch": 3}
+    private = make_private(dp_model, optimizer, loader, **options)
+    lengths = set()
+    for ids, classes in private.loader:
+        F.cross_entropy(dp_model(ids), classes).backward()
+        private.optimizer.step()
+        private.optimizer.zero_grad()
+        lengths.add(ids.shape[1])
+    assert len(lengths) > 2
+    assert 0 < private.epsilon() < float("inf")
 
 
 def test_flops_at_the_samples_length_are_those_of_the_plan() -> None:
