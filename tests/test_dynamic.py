@@ -123,7 +123,7 @@ def named(case: Case, spec: Spec) -> Spec:
     return [*spec.values()] if isinstance(spec, dict) and isinstance(case.sample_input, Tensor) else spec
 
 
-SLOW = ("llama", "t5")
+SLOW = ("bert", "llama", "t5")
 
 
 @pytest.mark.parametrize(
@@ -166,6 +166,7 @@ def by_name(length: int) -> Callable[[int, Generator], dict[str, Tensor]]:
     return lambda batch_size, generator: {"input_ids": token_ids(batch_size, generator, length)}
 
 
+@pytest.mark.slow
 def test_the_fused_form_at_any_length() -> None:
     case, bound, dp_model = compiled_gpt2(loss_fn=token_loss)
     for length in LENGTHS:
@@ -212,7 +213,10 @@ def test_copies_and_stored_modules_take_any_length() -> None:
         check_against_oracle(own, other, 2, max_grad_norm=bound, over=1e-3)
 
 
-@pytest.mark.parametrize("options", [{"clip_groups": "per-layer"}, {"views": 3}, {"loss_reduction": "sum"}])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({"clip_groups": "per-layer"}, marks=pytest.mark.slow), {"views": 3}, {"loss_reduction": "sum"}],
+)
 def test_other_options(options: dict[str, Any]) -> None:
     """The norms of a module that was compiled at this length alone."""
     torch.manual_seed(0)
@@ -333,7 +337,7 @@ PARTS: dict[str, Callable[[], Uses]] = {
 }
 
 
-@pytest.mark.parametrize("norm_method", ["ghost", "explicit"])
+@pytest.mark.parametrize("norm_method", ["ghost", pytest.param("explicit", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PARTS)
 def test_parts_of_models_at_other_lengths(name: str, norm_method: str) -> None:
     torch.manual_seed(0)

@@ -26,8 +26,10 @@ from zoo import CASES, SAMPLE_BATCH, Case, call
 from dpcompile import DPModule, certified, dpcompile
 from dpcompile.api import prove
 
-# Run by default; the rest with -m slow, as the likes of T5, BERT, ResNet and LoRA; float64 is the stricter type.
-IN_FLOAT64 = tuple(name for name in CASES if name not in ("bart", "roberta", "albert", "vgg19", "lora_merged"))
+# Run by default; the rest with -m slow, as the likes of others: Llama, BERT, ViT, ResNet, LoRA; float64 is the stricter type.
+IN_FLOAT64 = tuple(
+    name for name in CASES if name not in ("bart", "roberta", "albert", "vgg19", "lora_merged", "t5", "beit")
+)
 IN_FLOAT32 = ("lstm",)
 FUSED = ("gpt2", "lstm")
 BATCH_SIZES = (SAMPLE_BATCH, 1, SAMPLE_BATCH + 1, 0)
