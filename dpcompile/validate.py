@@ -48,11 +48,6 @@ DATA = (nearby, scattered, unrelated)
 
 NOTHING = 1e-15
 """A norm that is zero may be found to be so much: the bound on what underflow hides."""
-ROUNDING = 10.0
-"""How many times as far from the norm in float64 as autograd itself the emitted graph may be: some gradients are zero
-on paper and nothing but rounding in a narrower type."""
-SMALL = 1e-4
-"""What autograd may be off by there, relative to the gradients of the outputs."""
 VANISHING, VANISHED = 1e-13, 100.0
 """Norms below the first, relative to those gradients, are zero on paper, and may be so many roots of epsilon."""
 
@@ -103,18 +98,15 @@ def _agree(dp_model: DPModule, found: Tensor, truth: Tensor, noise: float = 0.0)
 def _is_rounding(
     dp_model: DPModule, leaves: list[Any], loss_fn: LossFn, found: Tensor, truth: Tensor, parts: _Parts
 ) -> bool:
-    """Whether all that the norms show is rounding, next to nothing beside the gradients that autograd started from.
+    """Whether the gradients are zero on paper, and what is found is what rounding can be where positions cancel.
 
-    Either they vanish, and what is found is no more than the bound on rounding where positions cancel, the root of an
-    epsilon. Or they agree with those of a copy of the model in float64, as well as autograd's own do.
+    In float32 it cannot be seen that they are: a copy of the model in float64 tells.
     """
     started = max(t.double().norm().item() for part in parts for t in part)
     exact = _exact(dp_model, leaves, loss_fn, parts)
-    if (truth if exact is None else exact).max() <= VANISHING * started:
-        narrowest = max(torch.finfo(p.dtype).eps for p in dp_model.parameters() if p.requires_grad)
-        return bool((found <= VANISHED * narrowest**0.5 * started).all())
-    noise = float("inf") if exact is None else (truth - exact).abs().max().item()
-    return exact is not None and noise <= SMALL * started and _agree(dp_model, found, exact, ROUNDING * noise)
+    narrowest = max(torch.finfo(p.dtype).eps for p in dp_model.parameters() if p.requires_grad)
+    vanish = (truth if exact is None else exact).max() <= VANISHING * started
+    return bool(vanish and (found <= VANISHED * narrowest**0.5 * started).all())
 
 
 def _exact(dp_model: DPModule, leaves: list[Any], loss_fn: LossFn, parts: _Parts) -> Tensor | None:

@@ -26,7 +26,7 @@ from zoo import CASES, SAMPLE_BATCH, Case, call
 from dpcompile import DPModule, certified, dpcompile
 from dpcompile.api import prove
 
-# Run by default; the rest with -m slow, as the likes of others: Llama, BERT, ViT, ResNet, LoRA; float64 is the stricter type.
+# Run by default; the rest with -m slow, as the likes of others; float64 is the stricter type.
 IN_FLOAT64 = tuple(
     name for name in CASES if name not in ("bart", "roberta", "albert", "vgg19", "lora_merged", "t5", "beit")
 )
