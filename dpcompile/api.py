@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from dpcompile.calls import CallSpec, bind_sample, sample_values
+from dpcompile.certified import without_bounds
 from dpcompile.clipping import Clipping, clipping_of
 from dpcompile.device import DeviceSpec, spec_for
 from dpcompile.emitted import Emitted
@@ -129,7 +131,8 @@ def dpcompile(
     plan = analysis.plan(norm_method, clipping=clip)
     dp_model = DPModule(model, analysis.emit(plan, clip, mean=loss_reduction == "mean"), nonfinite)
     if validate == "probe":
-        dp_model.validated = check_norms(dp_model, sample_values(sample_input, sample_targets), loss_fn)
+        bare = partial(analysis.without_bounds, plan, clip, mean=loss_reduction == "mean")
+        dp_model.validated = check_norms(dp_model, sample_values(sample_input, sample_targets), loss_fn, bare)
     return dp_model
 
 
@@ -168,6 +171,11 @@ class Analysis:
         sizes = (size.node.hint for size in self.program.lengths)
         lengths = dict(zip((length.name for length in self.call.lengths), sizes, strict=True))
         return replace(plan, checkpointed=self.captured.checkpointed, lengths=lengths)
+
+    def without_bounds(self, plan: Plan, clipping: Clipping | None = None, *, mean: bool = True) -> Emitted:
+        """The same with norms as computed, to which no bound on rounding is added: not to train with."""
+        with without_bounds():
+            return replace(self, memo={}).emit(plan, clipping, mean=mean)
 
     def _readers(self, backward: Backward) -> list[GroupReader]:
         """One for each group that some output depends on."""

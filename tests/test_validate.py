@@ -91,6 +91,22 @@ def test_a_gradient_that_is_rounding_alone_is_compared_in_float64(monkeypatch: p
         dpcompile(nn.Linear(5, 64), X)
 
 
+def test_norms_of_which_the_bound_on_rounding_is_most_are_compared_without_it() -> None:
+    """Rows that cancel to a thousandth; ids leave no other data to try."""
+
+    class Cancelling(nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            rows = super().forward(ids.repeat_interleave(500, 1))
+            signs = torch.ones(rows.shape[1]).index_fill(0, torch.arange(1, rows.shape[1], 2), -1.0)
+            return torch.einsum("btd,t->b", rows, signs) + 1e-3 * rows.sum((1, 2))
+
+    ids = torch.tensor([[0, 1], [1, 2]])
+    dp_model = dpcompile(Cancelling(3, 4), ids, norm_method="ghost")
+    assert dp_model.validated == COMPARED
+    with pytest.raises(InvalidGraphError, match="disagree"):
+        validate.check_norms(dp_model, [ids], None)
+
+
 def test_a_model_in_eval_mode_stays_there() -> None:
     model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3)).eval()
     assert dpcompile(model, X).validated == COMPARED
