@@ -181,14 +181,20 @@ def _check_all(
     options: Options,
     dtype: torch.dtype,
     sizes: Sequence[int],
-    check: Callable[..., None] | None = None,
+    *,
+    not_below: bool = False,
 ) -> None:
     step = _step(model, dp_model, options)
     for size in dict.fromkeys(sizes):
         inputs, targets = model.batch(size * options.views, dtype)
         truth = per_sample(model, module, inputs, targets, options.views, torch.float64)
         dp_model.max_grad_norm = truth.splitting_norm() if size else 1.0
-        (check or _check_step)(module, dp_model, step, (inputs, targets), truth, options, f"B={size}")
+        step(inputs, targets)
+        with _named(f"B={size}"):
+            if not_below:
+                _check_not_below(dp_model, truth)
+            else:
+                _check_step(module, dp_model, truth, options)
     inputs, targets = model.batch(options.size * options.views, dtype)
     dp_model.max_grad_norm = INFINITE
     step(inputs, targets)
@@ -226,38 +232,35 @@ def _step(model: Model, dp_model: DPModule, options: Options) -> Callable[[dict[
     return step
 
 
-def _check_step(
-    module: nn.Module,
-    dp_model: DPModule,
-    step: Callable[[dict[str, Tensor], Tensor], None],
-    batch: tuple[dict[str, Tensor], Tensor],
-    truth: PerSampleGradients,
-    options: Options,
-    label: str,
-) -> None:
+def _check_step(module: nn.Module, dp_model: DPModule, truth: PerSampleGradients, options: Options) -> None:
     rtol = RTOL[next(module.parameters()).dtype]
-    step(*batch)
     divisor = max(len(truth.norms), 1) if options.loss_reduction == "mean" else 1
     expected: dict[str, Tensor] = {}
     # a norm that is zero in theory is rounding noise: see assert_same_gradients
     floor = max(1e-3 * (truth.norms.max().item() if len(truth.norms) else 0.0), ZERO)
-    with _named(label):
-        if len(truth.norms) and truth.norms.max() < ZERO:  # on paper; what is found is rounding where positions cancel
-            most = 100 * torch.finfo(next(module.parameters()).dtype).eps ** 0.5
-            assert dp_model.per_sample_norms.max() < most, "norms that are zero"
-            return
-        for group in dp_model.clipping.groups:
-            own = PerSampleGradients({name: truth.grads[name] for name in group.parameters})
-            bound = dp_model.max_grad_norms[group.name]
-            expected |= {name: g / divisor for name, g in own.clipped_sum(bound).items()}
-            found = dp_model.per_group_norms[group.name]
-            assert_close(found, own.norms, rtol, f"norms of {group.name}", floor)
-        assert_close(dp_model.per_sample_norms, truth.norms, rtol, "norms", ZERO)
-        assert_same_gradients(gradients(module), {name: expected[name] for name in truth.grads}, rtol)
-        unused = set(dp_model.plan.unused)
-        for name, parameter in module.named_parameters():
-            absent = not parameter.requires_grad or name in unused
-            assert (parameter.grad is None) == absent, f"{name}.grad is {'missing' if not absent else 'there'}"
+    unused = set(dp_model.plan.unused)
+    for name, parameter in module.named_parameters():
+        absent = not parameter.requires_grad or name in unused
+        assert (parameter.grad is None) == absent, f"{name}.grad is {'missing' if not absent else 'there'}"
+    if len(truth.norms) and truth.norms.max() < ZERO:  # on paper; what is found is rounding where positions cancel
+        most = 100 * torch.finfo(next(module.parameters()).dtype).eps ** 0.5
+        assert dp_model.per_sample_norms.max() < most, "norms that are zero"
+        return
+    for group in dp_model.clipping.groups:
+        own = PerSampleGradients({name: truth.grads[name] for name in group.parameters})
+        bound = dp_model.max_grad_norms[group.name]
+        expected |= {name: g / divisor for name, g in own.clipped_sum(bound).items()}
+        found = dp_model.per_group_norms[group.name]
+        assert_close(found, own.norms, rtol, f"norms of {group.name}", floor)
+    assert_close(dp_model.per_sample_norms, truth.norms, rtol, "norms", ZERO)
+    assert_same_gradients(gradients(module), {name: expected[name] for name in truth.grads}, rtol)
+
+
+def _check_not_below(dp_model: DPModule, truth: PerSampleGradients) -> None:
+    least = RTOL[next(dp_model.parameters()).dtype] * truth.norms
+    for group in dp_model.clipping.groups:
+        own = PerSampleGradients({name: truth.grads[name] for name in group.parameters})
+        assert (dp_model.per_group_norms[group.name] >= own.norms - least).all(), f"norms of {group.name} are below"
 
 
 def _certified(
@@ -270,27 +273,11 @@ def _certified(
     with without_bounds():
         bare = _compiled(model, module, options, dtype)
     try:
-        _check_all(model, module, dp_model, options, dtype, sizes, _check_not_below)
+        _check_all(model, module, dp_model, options, dtype, sizes, not_below=True)
         _check_all(model, module, bare, options, dtype, sizes)
     except AssertionError:
         return False
     return True
-
-
-def _check_not_below(
-    module: nn.Module,
-    dp_model: DPModule,
-    step: Callable[[dict[str, Tensor], Tensor], None],
-    batch: tuple[dict[str, Tensor], Tensor],
-    truth: PerSampleGradients,
-    options: Options,
-    label: str,
-) -> None:
-    step(*batch)
-    least = RTOL[next(module.parameters()).dtype] * truth.norms
-    for group in dp_model.clipping.groups:
-        own = PerSampleGradients({name: truth.grads[name] for name in group.parameters})
-        assert (dp_model.per_group_norms[group.name] >= own.norms - least).all(), label
 
 
 def per_sample(

@@ -34,8 +34,9 @@ HAS_CPP_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))  # inductor
 
 
 METHODS = (("ghost", "mean"), ("explicit", "sum"), ("auto", "mean"))  # with the loss's reduction
-CERTIFIED = 1e-3
-"""What the certified bound on rounding may add to float32 norms of a Gram matrix: the aim of docs/certified_clip.md."""
+CERTIFIED = dict.fromkeys(("resnet18", "vgg19"), 1e-3)
+"""What the certified bound on rounding may add to float32 norms where Gram matrices are forced on hundreds of
+positions: the aim of docs/certified_clip.md."""
 
 
 every_case = pytest.mark.parametrize("name", CASES)
@@ -59,7 +60,7 @@ def test_clipped_gradients_equal_one_sample_at_a_time(name: str, dtype: torch.dt
             emitted = analysis.emit(analysis.plan(method), mean=reduction == "mean")
             dp_model = DPModule(case.model, emitted)
             dp_model.max_grad_norm = bound
-            over = CERTIFIED if method == "ghost" and dtype is torch.float32 else 0.0
+            over = CERTIFIED.get(name, 0.0) if method == "ghost" and dtype is torch.float32 else 0.0
             for batch_size in BATCH_SIZES:
                 with subtests.test(method=method, batch_size=batch_size):
                     check_against_oracle(
