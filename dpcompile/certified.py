@@ -17,10 +17,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
-from dpcompile.forms import Explicit, Form, OneHot, Outer, explicit, merge, spans, swapped
+from dpcompile.forms import Explicit, Form, OneHot, Outer, doubled, explicit, in_float64, merge, spans, swapped
 from dpcompile.shapes import hint, is_one
 
 BLOCK = 1024
@@ -109,28 +110,34 @@ def kept_norm(grad: torch.Tensor) -> torch.Tensor:
     return torch.stack([square, torch.zeros_like(square)])
 
 
-def dropped_norm(forms: Sequence[Form], grad: torch.Tensor) -> torch.Tensor:
+def dropped_norm(forms: Sequence[Form]) -> torch.Tensor:
     """[2, B] from the explicit gradient, which the clipped sum forms once more in another order."""
-    square = sq_norm(grad) * (1 + 4 * storage_unit(grad.dtype))  # what was written down is not what the sum adds
-    error = torch.zeros_like(square)
-    for form in forms:
+    grad = None
+    error = 0.0
+    for form in merge(forms):
+        made = form
         if not isinstance(form, Explicit):
-            error = error + 2 * _sum_gamma(form) * _length(form)
-    return torch.stack([square, error.square()])
+            made = in_float64(form) if doubled(form) else form
+            error = error + (_explicit_gamma(made) + _sum_gamma(form)) * _length(form)
+        grad = explicit(made) if grad is None else grad + explicit(made)
+    assert grad is not None
+    square = sq_norm(grad) * (1 + 4 * storage_unit(grad.dtype))  # what was written down is not what the sum adds
+    return torch.stack([square, torch.zeros_like(square) + error**2])
 
 
 def ghost_norm(forms: Sequence[Outer | OneHot]) -> torch.Tensor:
     """[2, B] of the sum of all forms, none of them made explicit: sum_kl <G_k, G_l>."""
-    merged = merge(forms)
+    merged = cast("list[Outer | OneHot]", merge(forms))
     if len(merged) == 1 and isinstance(merged[0], Outer) and is_one(merged[0].rows_BGTp.shape[2]):
         return _single_position(merged[0])
-    uses = [_measured(form) for form in merged]
+    wide = any(map(doubled, merged))
+    uses = [_measured(in_float64(form) if wide else form) for form in merged]
     square = uses[0].square
-    error = _sum_gamma(uses[0].form) * uses[0].length
+    error = _sum_gamma(merged[0]) * uses[0].length
     for k, left in enumerate(uses):
         if k:
             square = square + left.square
-            error = error + _sum_gamma(left.form) * left.length
+            error = error + _sum_gamma(merged[k]) * left.length
         for right in uses[k + 1 :]:
             square = square + 2 * _cross(left, right)
     return torch.stack([square.clamp(min=0), error.square()])
@@ -155,7 +162,7 @@ class _Use:
     length: torch.Tensor  # [B] float64, at least sum_t |rows_t| |cols_t|, rows of one place added up
 
 
-def _measured(form: Form) -> _Use:
+def _measured(form: Outer | OneHot) -> _Use:
     if isinstance(form, OneHot):
         same = form.index_BT.unsqueeze(2) == form.index_BT.unsqueeze(1)
         gram, cols = _gram(form.cols_BTd, form.cols_BTd)
@@ -164,7 +171,6 @@ def _measured(form: Form) -> _Use:
         most = _sum2(pairs)
         square = _sum2(gram * same) + SECOND_ORDER * (gamma(_terms(count), dtype) + _gamma2(pairs)) * most
         return _Use(form, square, torch.ones_like(cols)[:, None], cols[:, None], most.sqrt())
-    assert isinstance(form, Outer)
     shape = form.rows_BGTp.shape[:2]
     rows_gram, rows = _gram(form.rows_BGTp.flatten(0, 1), form.rows_BGTp.flatten(0, 1))
     cols_gram, cols = _gram(form.cols_BGTd.flatten(0, 1), form.cols_BGTd.flatten(0, 1))
@@ -185,7 +191,7 @@ def _cross(left: _Use, right: _Use) -> torch.Tensor:
     if spans(a) != spans(b):  # one weight read in two ways that share no factor
         dtype = accurate(a.cols_BTd if isinstance(a, OneHot) else a.cols_BGTd).dtype
         product = (accurate(explicit(a)) * accurate(explicit(b))).flatten(1)
-        off = _sum_gamma(a) + _sum_gamma(b) + gamma(_sum_terms(product.shape[1], dtype) + 4, dtype)
+        off = _explicit_gamma(a) + _explicit_gamma(b) + gamma(_sum_terms(product.shape[1], dtype) + 4, dtype)
         return _sum(product) + SECOND_ORDER * off * left.length * right.length
     if isinstance(a, Outer) and isinstance(b, Outer):
         if a.row_dims != b.row_dims:
@@ -306,6 +312,11 @@ def _gamma2(values_NTS: torch.Tensor) -> float:
 
 def _sum_gamma(form: Outer | OneHot) -> float:
     """Error of the clipped sum of one sample against sum_t |rows_t| |cols_t|: scaling, products, T terms, storage."""
+    return _explicit_gamma(in_float64(form) if doubled(form) else form)
+
+
+def _explicit_gamma(form: Outer | OneHot) -> float:
+    """The same for products that are added up in the type of the factors."""
     dtype = _dtype(form)
     length = form.cols_BTd.shape[1] if isinstance(form, OneHot) else form.rows_BGTp.shape[2]
     wide = torch.float32 if storage_unit(dtype) else dtype

@@ -50,6 +50,27 @@ class Explicit:
 
 Form = Outer | OneHot | Explicit
 
+CROWD = 32
+"""Positions up to which rounding in float32 is small against a norm, whatever the data do."""
+
+
+def crowded(positions: int | torch.SymInt, p: int, d: int) -> bool:
+    """Whether one sample uses a weight at more positions than Gram matrices are made for (2 T^2 > p d)."""
+    return hint(positions) > CROWD and 2 * hint(positions) ** 2 > hint(p) * hint(d)
+
+
+def doubled(form: Outer | OneHot) -> bool:
+    """Of float32 factors whose products are added up in float64: positions of a crowd cancel, their errors add up."""
+    if isinstance(form, OneHot) or form.rows_BGTp.dtype is not torch.float32:
+        return False
+    return crowded(form.rows_BGTp.shape[2], form.rows_BGTp.shape[3], form.cols_BGTd.shape[3])
+
+
+def in_float64(form: Outer | OneHot) -> Outer | OneHot:
+    if isinstance(form, OneHot):
+        return replace(form, cols_BTd=form.cols_BTd.double())
+    return replace(form, rows_BGTp=form.rows_BGTp.double(), cols_BGTd=form.cols_BGTd.double())
+
 
 def transposed(form: Form, permutation: Dims) -> Form:
     """The form seen from a value v = w.permute(permutation), carried back to w."""
@@ -165,6 +186,8 @@ def weighted_sum(form: Form, weight_B: torch.Tensor, finite_B: torch.Tensor | No
         rows = form.shape[form.row_dims[0]]
         total = scaled.new_zeros(rows, scaled.shape[-1]).index_add(0, form.index_BT.flatten(), scaled.flatten(0, 1))
         return _to_shape(total, form, batched=False)
+    if doubled(form):
+        return weighted_sum(in_float64(form), weight_B, finite_B).to(form.rows_BGTp.dtype)
     rows, cols = _finite(form.rows_BGTp, finite_B), _finite(form.cols_BGTd, finite_B)
     if hint(rows.shape[-1]) <= hint(cols.shape[-1]):
         rows = _scaled(rows, weight_B)

@@ -13,6 +13,7 @@ from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry
 
 from dpcompile.errors import NoRuleError
+from dpcompile.forms import crowded
 from dpcompile.ir import Backward, Group, Program, Site, Space
 from dpcompile.passes.combine import GroupReader
 from dpcompile.plan import Cost, Costs, GroupCost, Method, Part, Product
@@ -49,7 +50,8 @@ def _parts(reader: GroupReader, backward: Backward, e: int) -> list[Part]:
     for alike, work, positions in merged:
         sizes = {T: positions, D: work.d, P: work.p, G: work.G}
         if work.kind == "outer":
-            plain, options = rules.outer(e, positions)
+            doubled = e == torch.float32.itemsize and crowded(positions, work.p, work.d)
+            plain, options = rules.outer(e, positions, doubled=doubled)
         elif work.kind == "onehot":
             plain, options = rules.onehot(e)
         else:

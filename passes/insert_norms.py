@@ -163,8 +163,10 @@ def _norm(reader: GroupReader, method: Method):
         forms = reader.combined(tensors)
         if method is Method.GHOST:
             return [ghost_norm(forms)]  # type: ignore[arg-type]
+        if method is Method.EXPLICIT:
+            return [dropped_norm(forms)]
         grad = reader.explicit_sum(tensors)
-        return [kept_norm(grad), grad] if method is Method.KEPT else [dropped_norm(forms, grad)]
+        return [kept_norm(grad), grad]
 
     return norm
 

@@ -7,13 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpcompile.certified import ghost_norm, sq_norm
+from dpcompile.certified import dropped_norm, ghost_norm, sq_norm
 from dpcompile.forms import (
+    CROWD,
     Explicit,
     Form,
     OneHot,
     Outer,
     explicit,
+    in_float64,
     merge,
     transposed,
     weighted_sum,
@@ -158,6 +160,31 @@ def test_a_use_of_a_permutation_is_carried_back(seed: int, batch: int, permutati
     torch.testing.assert_close(written_out(back).permute(0, *(1 + i for i in permutation)), written_out(form))
     dense = transposed(Explicit(written_out(form)), tuple(permutation))
     torch.testing.assert_close(written_out(dense), written_out(back))
+
+
+@pytest.mark.parametrize("uses", [(0,), (1,), (0, 1), (0, 2), (0, 1, 2)], ids=str)
+def test_positions_of_a_crowd_that_cancel_are_seen_through(uses: tuple[int, ...]) -> None:
+    """A gradient a thousandth and less of what its positions add up to without their signs."""
+    torch.manual_seed(0)
+    batch, length, rows, cols = 3, 2 * CROWD, 6, 8
+    signs = (-1.0) ** torch.arange(length)[:, None]
+    steady = torch.randn(batch, 1, 1, rows) * (1 + 1e-4 * torch.randn(batch, 1, length, rows)) * signs
+    features = torch.randn(batch, 1, 1, cols).expand(-1, -1, length, -1).contiguous()
+    forms = [
+        Outer(steady, features, (rows, cols), (0,), (1,)),
+        Outer(features * signs, steady * signs, (rows, cols), (1,), (0,)),
+        OneHot(torch.randint(rows, (batch, length)), 1e-4 * torch.randn(batch, length, cols), (rows, cols)),
+    ]
+    chosen = [forms[i] for i in uses]
+    truth = sum(written_out(in_float64(form)) for form in chosen)
+    norms = truth.flatten(1).norm(dim=1)
+    assert (norms < 1e-3 * features.flatten(1).norm(dim=1) * steady.flatten(1).norm(dim=1)).all()
+    for square, error in (ghost_norm(chosen), dropped_norm(chosen)):
+        torch.testing.assert_close(square.sqrt() + error.sqrt(), norms, rtol=1e-3, atol=0)
+    weight = torch.rand(batch)
+    found = sum(weighted_sum(form, weight) for form in merge(chosen)).double()
+    wanted = torch.tensordot(weight.double(), truth, 1)
+    assert (found - wanted).norm() < 1e-4 * wanted.norm()
 
 
 def test_norm_of_gradients_of_a_scalar_parameter() -> None:

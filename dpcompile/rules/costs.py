@@ -21,19 +21,26 @@ from dpcompile.shapes import B, D, G, P, T
 ZERO = sympy.Integer(0)
 
 
-def outer(e: int, T_value: int) -> tuple[Cost, dict[Method, Cost]]:
+def outer(e: int, positions: int, *, doubled: bool) -> tuple[Cost, dict[Method, Cost]]:
+    """`doubled`: products of the positions are added up in float64 (forms.doubled)."""
     contraction, read = 2 * B * G * T * P * D, B * G * T * (P + D)
     weights, kept = G * P * D, B * G * P * D
     plain = Cost(contraction, e * (read + weights), ZERO, ZERO)
-    gram = 2 * B * G * T**2 * (P + D) if T_value > 1 else ZERO
-    squares = B * G * T**2 if T_value > 1 else ZERO
+    gram = 2 * B * G * T**2 * (P + D) if positions > 1 else ZERO
+    squares = (2 if doubled else 1) * B * G * T**2 if positions > 1 else ZERO
+    copies, made = (2 * read, 2 * kept) if doubled else (ZERO, kept)
     booked = e * B * G * T * P  # the output gradient waits for the clip factors
     rescale = 2 * B * G * T * sympy.Min(P, D)
     options = {
         Method.GHOST: Cost(
-            gram + contraction, e * (2 * read + 6 * squares + rescale + weights), e * 3 * squares, booked
+            gram + contraction,
+            e * (2 * read + 4 * copies + 6 * squares + rescale + weights),
+            e * (3 * squares + copies),
+            booked,
         ),
-        Method.EXPLICIT: Cost(2 * contraction, e * (2 * read + 4 * kept + rescale + weights), e * 2 * kept, booked),
+        Method.EXPLICIT: Cost(
+            2 * contraction, e * (2 * read + 4 * copies + 4 * made + rescale + weights), e * (2 * made + copies), booked
+        ),
         Method.KEPT: Cost(contraction + 2 * kept, e * (read + 5 * kept + weights), e * kept, e * kept),
     }
     return plain, options
