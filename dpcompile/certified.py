@@ -75,10 +75,22 @@ def storage_unit(dtype: torch.dtype) -> float:
 
 def sq_norm(grad: torch.Tensor) -> torch.Tensor:
     """[B] float64, at least the squared norms of gradients [B, ...] that enter the clipped sum as they are."""
-    squares = accurate(grad).square()
-    squares = squares.flatten(1) if grad.dim() > 1 else squares.unsqueeze(1)
-    count, dtype = squares.shape[1], squares.dtype
-    return _sum(squares) * (1 + 2 * gamma(_sum_terms(count, dtype) + 4, dtype)) + count * tiny(dtype)
+    flat = grad.flatten(1) if grad.dim() > 1 else grad.unsqueeze(1)
+    count = flat.shape[1]
+    dtype = torch.float32 if storage_unit(grad.dtype) else grad.dtype
+    return _squares(flat, dtype) * (1 + 2 * gamma(_sum_terms(count, dtype) + 4, dtype)) + count * tiny(dtype)
+
+
+def _squares(values_Bn: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[B] float64 sums of squares: SHORT terms in that type, the rest in float64, where there are many."""
+    count = values_Bn.shape[1]
+    if not _in_parts(count, dtype):
+        return torch.linalg.vector_norm(values_Bn, dim=1, dtype=dtype).double().square()
+    parts = count // SHORT
+    blocks = values_Bn[:, : parts * SHORT].unflatten(1, (parts, SHORT))
+    total = torch.linalg.vector_norm(blocks, dim=2, dtype=dtype).double().square().sum(1)
+    whole = isinstance(count, int) and count % SHORT == 0
+    return total if whole else total + values_Bn[:, parts * SHORT :].double().square().sum(1)
 
 
 def _sum(values_Bn: torch.Tensor) -> torch.Tensor:
@@ -88,8 +100,7 @@ def _sum(values_Bn: torch.Tensor) -> torch.Tensor:
         return values_Bn.sum(1).double()
     parts = count // SHORT
     total = values_Bn[:, : parts * SHORT].unflatten(1, (SHORT, parts)).sum(1).sum(1, dtype=torch.float64)
-    whole = isinstance(count, int) and count % SHORT == 0
-    return total if whole else total + values_Bn[:, parts * SHORT :].sum(1, dtype=torch.float64)
+    return total + values_Bn[:, parts * SHORT :].sum(1, dtype=torch.float64)
 
 
 def _sum_terms(count: int, dtype: torch.dtype) -> int:
@@ -301,7 +312,7 @@ def _sum2(values_NTS: torch.Tensor) -> torch.Tensor:
 
 def _weighed(values_NTS: torch.Tensor, left_NT: torch.Tensor, right_NS: torch.Tensor) -> torch.Tensor:
     """[N] float64 sums of |values_ts| left_t right_s."""
-    rows_NT = torch.linalg.vector_norm(values_NTS * right_NS.unsqueeze(1), ord=1, dim=2)
+    rows_NT = (values_NTS.abs() * right_NS.unsqueeze(1)).sum(2)
     return (rows_NT * left_NT).sum(1, dtype=torch.float64)
 
 
