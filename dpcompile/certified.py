@@ -115,10 +115,25 @@ def _in_parts(count: int, dtype: torch.dtype) -> bool:
 # ------------------------------------------------------------------ norms of one group of uses
 
 
-def kept_norm(grad: torch.Tensor) -> torch.Tensor:
-    """[2, B]: square and error of a gradient that is kept for the clipped sum, where only its product is rounded."""
-    square = sq_norm(grad)
+def kept_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[2, B]: square and error of gradients that are kept for the clipped sum, where only their product is rounded.
+
+    Small ones, of which a model has many, are put side by side first: fewer and longer sums.
+    """
+    flat = [grad.flatten(1) if grad.dim() > 1 else grad.unsqueeze(1) for grad in grads]
+    small = [values for values in flat if hint(values.shape[1]) <= LONG]
+    large = [values for values in flat if hint(values.shape[1]) > LONG]
+    if len(small) > 1:
+        small = [torch.cat(small, dim=1)]
+    square = _added([sq_norm(values) for values in (*small, *large)])
     return torch.stack([square, torch.zeros_like(square)])
+
+
+def _added(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def dropped_norm(forms: Sequence[Form]) -> torch.Tensor:

@@ -52,6 +52,8 @@ def drop_tangents(program: Program, missing: Sequence[str]) -> Program | None:
         if _is_zero(node, zeros):
             zeros.add(node)
             continue
+        if _beside_zeros(node, zeros):
+            continue
         rest = _added_to_zero(node, zeros)
         if rest is None:
             return None
@@ -94,6 +96,32 @@ def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
         return first in zeros and node.args[1:] == (0,)
     backward = packet is not None and str(packet).endswith(("_backward", "_backward_data"))
     return first in zeros and (packet in _KEEP_ZERO or backward)
+
+
+def _beside_zeros(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    """Whether zeros that a node puts beside other values could be written down in their place."""
+    if getattr(node.target, "overloadpacket", None) is not aten.cat:
+        return False
+    items: Any = node.args[0]
+    other = next(item for item in items if item not in zeros)
+    with node.graph.inserting_before(node):
+        made = [_written_down(item, other) if item in zeros else item for item in items]
+    node.args = (made, *node.args[1:])
+    return None not in made
+
+
+def _written_down(zero: fx.Node, other: fx.Node) -> fx.Node | None:
+    """Zeros of its shape, if the other tensor tells all sizes that are not plain numbers."""
+    have, want = other.meta["val"], zero.meta["val"]
+    sizes: list[int | fx.Node] = []
+    for dim, size in enumerate(want.shape):
+        if isinstance(size, int):
+            sizes.append(size)
+        elif dim < have.dim() and _equal(have.shape[dim], size):
+            sizes.append(zero.graph.call_function(aten.sym_size.int, (other, dim)))
+        else:
+            return None
+    return zero.graph.call_function(aten.new_zeros.default, (other, sizes), {"dtype": want.dtype})
 
 
 def _added_to_zero(node: fx.Node, zeros: set[fx.Node]) -> fx.Node | None:

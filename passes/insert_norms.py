@@ -33,17 +33,22 @@ def insert_norms(draft: Draft, order: Order) -> Draft:
     graph = program.graph
     targets = {i.node: i.target for i in program.inputs}
     totals: list[list[fx.Node]] = [[] for _ in clipping.groups]
+    together: list[list[fx.Node]] = [[] for _ in clipping.groups]
     clip_group: dict[str, int] = {}
     kept: dict[str, tuple[str, ...]] = {}
     for reader in order.readers:
         own = {p: clipping.group_of(targets[p]) for p in reader.group.params}
         clip_group |= own
-        parts = list(dict.fromkeys(own.values()))
-        norms, gradients = _norms_of(graph, reader, order, [[own[p] == part for p in own] for part in parts])
-        for part, norm in zip(parts, norms, strict=True):
-            totals[part].append(norm)
+        norm, gradients = _norm_of(graph, reader, order)
+        if norm is not None:
+            totals[own[reader.group.params[0]]].append(norm)
+            continue
+        kept[reader.group.name] = tuple(node.name for node in gradients)
+        for param, gradient in zip(reader.group.params, gradients, strict=True):
+            together[own[param]].append(gradient)
+    for total, gradients in zip(totals, together, strict=True):
         if gradients:
-            kept[reader.group.name] = tuple(node.name for node in gradients)
+            total += inline(graph, _kept, gradients, "norm", memo=order.memo, key="kept norm")
     bound, weight = _bound_and_weight(program, len(clipping.groups))
     inputs = (*program.inputs, Input(bound.name, InputKind.BOUND), Input(weight.name, InputKind.WEIGHT))
     alive = [i for i, parts in enumerate(totals) if parts]
@@ -83,24 +88,22 @@ def insert_norms(draft: Draft, order: Order) -> Draft:
     )
 
 
-def _norms_of(
-    graph: fx.Graph, reader: GroupReader, order: Order, parts: Sequence[Sequence[bool]]
-) -> tuple[list[fx.Node], list[fx.Node]]:
-    """[2, B] norms (certified.py), one for each part of the group's parameters; and the gradients that are kept."""
+def _norm_of(graph: fx.Graph, reader: GroupReader, order: Order) -> tuple[fx.Node | None, list[fx.Node]]:
+    """The group's norm [2, B] (certified.py), or the gradients that are kept instead."""
     if reader.group.space is Space.PULLBACK:
-        made = inline(graph, _pulled_back(reader, parts), [*reader.inputs, *reader.sources], "norm", vmapped=True)
-    else:
-        method = order.plan.method(reader.group.name)
-        made = inline(
-            graph,
-            _norm(reader, method),
-            reader.inputs,
-            "norm",
-            vmapped=reader.vmapped,
-            memo=order.memo,
-            key=("norm", method, reader.key),
-        )
-    return made[: len(parts)], made[len(parts) :]
+        inputs = [*reader.inputs, *reader.sources]
+        return None, inline(graph, reader.pulled_back, inputs, "norm", vmapped=True)
+    method = order.plan.method(reader.group.name)
+    (made,) = inline(
+        graph,
+        _norm(reader, method),
+        reader.inputs,
+        "norm",
+        vmapped=reader.vmapped,
+        memo=order.memo,
+        key=("norm", method, reader.key),
+    )
+    return (None, [made]) if method is Method.KEPT else (made, [])
 
 
 def _bound_and_weight(program: Program, groups: int) -> tuple[fx.Node, fx.Node]:
@@ -160,25 +163,16 @@ def _factor(order: Order, group: int, *, stacked: bool):
 
 def _norm(reader: GroupReader, method: Method):
     def norm(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        if method is Method.KEPT:
+            return [reader.explicit_sum(tensors)]
         forms = reader.combined(tensors)
-        if method is Method.GHOST:
-            return [ghost_norm(forms)]  # type: ignore[arg-type]
-        if method is Method.EXPLICIT:
-            return [dropped_norm(forms)]
-        grad = reader.explicit_sum(tensors)
-        return [kept_norm(grad), grad]
+        return [ghost_norm(forms) if method is Method.GHOST else dropped_norm(forms)]  # type: ignore[arg-type]
 
     return norm
 
 
-def _pulled_back(reader: GroupReader, parts: Sequence[Sequence[bool]]):
-    def norms(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        grads = reader.pulled_back(*tensors)
-        found = [kept_norm(grad) for grad in grads]
-        sums = [_total([n for n, mine in zip(found, part, strict=True) if mine]) for part in parts]
-        return [*sums, *grads]
-
-    return norms
+def _kept(*gradients: torch.Tensor) -> list[torch.Tensor]:
+    return [kept_norm(gradients)]
 
 
 def _total(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -41,7 +41,7 @@ def ratios(form: Outer | OneHot, bound: float) -> dict[str, float]:
     return {
         "ghost": contribution(form, norm_of(ghost_norm([form])), bound=bound),
         "dropped": contribution(form, norm_of(dropped_norm([form])), bound=bound),
-        "kept": contribution(form, norm_of(kept_norm(explicit(form))), bound=bound, kept=True),
+        "kept": contribution(form, norm_of(kept_norm([explicit(form)])), bound=bound, kept=True),
     }
 
 
@@ -236,7 +236,7 @@ def test_ordinary_data_is_hardly_clipped_more(length: int, width: int, most: flo
     truth = exact.norm().item()
     for found in (norm_of(ghost_norm([form])), norm_of(dropped_norm([form]))):
         assert 1 <= found.item() / truth <= 1 + most
-    assert norm_of(kept_norm(exact.float())).item() / truth <= 1 + 6e-6
+    assert norm_of(kept_norm([exact.float()])).item() / truth <= 1 + 6e-6
 
 
 def test_a_sum_in_float32_alone_would_lose_small_squares() -> None:
@@ -245,5 +245,5 @@ def test_a_sum_in_float32_alone_would_lose_small_squares() -> None:
     grad[0, 0] = 1
     truth = grad.double().norm().item()
     assert truth > 1.02
-    assert math.isclose(norm_of(kept_norm(grad)).item(), truth, rel_tol=6e-6)
-    assert norm_of(kept_norm(grad)).item() >= truth
+    assert math.isclose(norm_of(kept_norm([grad])).item(), truth, rel_tol=6e-6)
+    assert norm_of(kept_norm([grad])).item() >= truth
