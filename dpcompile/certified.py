@@ -173,8 +173,13 @@ def _single_position(form: Outer) -> torch.Tensor:
     """|r (x) c|^2 = |r|^2 |c|^2; nothing is added up, so nothing cancels."""
     shape = form.rows_BGTp.shape[:2]
     squares = sq_norm(form.rows_BGTp.flatten(0, 1)) * sq_norm(form.cols_BGTd.flatten(0, 1))
-    square = squares.unflatten(0, shape).sum(1)
+    square = _over_groups(squares, shape)
     return torch.stack([square, torch.zeros_like(square)])
+
+
+def _over_groups(values_N: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """[B] sums of what is given for every sample and group, [B * G]."""
+    return values_N if is_one(shape[1]) else values_N.unflatten(0, tuple(shape)).sum(1)
 
 
 @dataclass(frozen=True)
@@ -204,7 +209,7 @@ def _measured(form: Outer | OneHot) -> _Use:
     length = (rows * cols).sum(1, dtype=torch.float64).unflatten(0, shape)
     return _Use(
         form,
-        square.unflatten(0, shape).sum(1),
+        _over_groups(square, shape),
         rows.unflatten(0, shape),
         cols.unflatten(0, shape),
         length.square().sum(1).sqrt() if shape[1] != 1 else length.squeeze(1),
@@ -234,7 +239,7 @@ def _cross(left: _Use, right: _Use) -> torch.Tensor:
             right.cols.flatten(0, 1),
             a.cols_BGTd.shape[3],
         )
-        return square.unflatten(0, a.rows_BGTp.shape[:2]).sum(1)
+        return _over_groups(square, a.rows_BGTp.shape[:2])
     if isinstance(a, Outer):
         return _cross(right, left)
     assert isinstance(b, Outer)
