@@ -280,7 +280,7 @@ def _emitted_norms(dp_model: DPModule, results: list[Tensor], tangents: list[Ten
 
 def _autograd_norm(model: nn.Module, results: list[Tensor], tangents: list[Tensor]) -> Tensor:
     found = _gradients(model, results, tangents)
-    return torch.stack([g.double().square().sum() for g in found if g is not None]).sum().sqrt()
+    return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in found if g is not None]).norm()
 
 
 def _gradients(model: nn.Module, results: list[Tensor], tangents: list[Tensor]) -> Sequence[Tensor | None]:
