@@ -21,7 +21,20 @@ from typing import cast
 
 import torch
 
-from dpcompile.forms import Explicit, Form, OneHot, Outer, doubled, explicit, in_float64, merge, spans, swapped
+from dpcompile.forms import (
+    Explicit,
+    Form,
+    OneHot,
+    Outer,
+    added,
+    doubled,
+    explicit,
+    flat,
+    in_float64,
+    merge,
+    spans,
+    swapped,
+)
 from dpcompile.shapes import hint, is_one
 
 BLOCK = 1024
@@ -75,10 +88,10 @@ def storage_unit(dtype: torch.dtype) -> float:
 
 def sq_norm(grad: torch.Tensor) -> torch.Tensor:
     """[B] float64, at least the squared norms of gradients [B, ...] that enter the clipped sum as they are."""
-    flat = grad.flatten(1) if grad.dim() > 1 else grad.unsqueeze(1)
-    count = flat.shape[1]
+    values = flat(grad)
+    count = values.shape[1]
     dtype = torch.float32 if storage_unit(grad.dtype) else grad.dtype
-    return _squares(flat, dtype) * (1 + 2 * gamma(_sum_terms(count, dtype) + 4, dtype)) + count * tiny(dtype)
+    return _squares(values, dtype) * (1 + 2 * gamma(_sum_terms(count, dtype) + 4, dtype)) + count * tiny(dtype)
 
 
 def _squares(values_Bn: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -120,33 +133,25 @@ def kept_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
 
     Small ones, of which a model has many, are put side by side first: fewer and longer sums.
     """
-    flat = [grad.flatten(1) if grad.dim() > 1 else grad.unsqueeze(1) for grad in grads]
-    small = [values for values in flat if hint(values.shape[1]) <= LONG]
-    large = [values for values in flat if hint(values.shape[1]) > LONG]
+    small = [flat(grad) for grad in grads if hint(flat(grad).shape[1]) <= LONG]
+    large = [flat(grad) for grad in grads if hint(flat(grad).shape[1]) > LONG]
     if len(small) > 1:
         small = [torch.cat(small, dim=1)]
-    square = _added([sq_norm(values) for values in (*small, *large)])
+    square = added([sq_norm(values) for values in (*small, *large)])
     return torch.stack([square, torch.zeros_like(square)])
-
-
-def _added(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 def dropped_norm(forms: Sequence[Form]) -> torch.Tensor:
     """[2, B] from the explicit gradient, which the clipped sum forms once more in another order."""
-    grad = None
+    grads: list[torch.Tensor] = []
     error = 0.0
     for form in merge(forms):
         made = form
         if not isinstance(form, Explicit):
             made = in_float64(form) if doubled(form) else form
             error = error + (_explicit_gamma(made) + _sum_gamma(form)) * _length(form)
-        grad = explicit(made) if grad is None else grad + explicit(made)
-    assert grad is not None
+        grads.append(explicit(made))
+    grad = added(grads)
     square = sq_norm(grad) * (1 + 4 * storage_unit(grad.dtype))  # what was written down is not what the sum adds
     return torch.stack([square, torch.zeros_like(square) + error**2])
 

@@ -13,6 +13,8 @@ of W and a use of W.T meet in one space.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -153,11 +155,12 @@ def merge(forms: Sequence[Form]) -> list[Form]:
                 )
             )
         else:
-            total = first.grad
-            for form in group[1:]:
-                total = total + form.grad
-            out.append(Explicit(total))
+            out.append(Explicit(added([form.grad for form in group])))
     return out
+
+
+def added(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return functools.reduce(operator.add, parts)
 
 
 def _alike(forms: Sequence[Form]) -> list[list]:
@@ -202,11 +205,14 @@ def weighted_sum(form: Form, weight_B: torch.Tensor, finite_B: torch.Tensor | No
 
 def weighted_sum_kept(grad: torch.Tensor, weight_B: torch.Tensor, finite_B: torch.Tensor | None = None) -> torch.Tensor:
     """sum_i weight_i G_i from per-sample gradients that were kept, float32 at least: 2 B p d flops."""
-    flat = _finite(grad, finite_B)
-    flat = flat.flatten(1) if grad.dim() > 1 else flat.unsqueeze(1)
     wide = _wide(grad.dtype)
-    total = weight_B.to(wide).unsqueeze(0) @ flat.to(wide)
+    total = weight_B.to(wide).unsqueeze(0) @ flat(_finite(grad, finite_B)).to(wide)
     return total.reshape(grad.shape[1:])
+
+
+def flat(grad: torch.Tensor) -> torch.Tensor:
+    """[B, n] of a gradient [B, ...], that of a scalar too."""
+    return grad.flatten(1) if grad.dim() > 1 else grad.unsqueeze(1)
 
 
 def _finite(tensor: torch.Tensor, finite_B: torch.Tensor | None) -> torch.Tensor:

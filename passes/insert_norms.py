@@ -11,6 +11,7 @@ from torch import fx
 
 from dpcompile import records  # registers the op that carries norms out of a compiled backward
 from dpcompile.certified import dropped_norm, ghost_norm, kept_norm, unit
+from dpcompile.forms import added
 from dpcompile.inline import inline
 from dpcompile.ir import Draft, Input, InputKind, Program, Space
 from dpcompile.passes.combine import GroupReader
@@ -130,7 +131,7 @@ def _trainable(program: Program) -> list[fx.Node]:
 
 def _join(order: Order, dtype: torch.dtype):
     def join(*parts: torch.Tensor) -> list[torch.Tensor]:
-        square, error = _total(parts).unbind()
+        square, error = added(parts).unbind()
         norms = ((square.sqrt() + error.sqrt()) * (1 + 8 * unit(dtype))).to(dtype)  # and for the factors' own rounding
         if order.fused:
             return [norms]
@@ -173,10 +174,3 @@ def _norm(reader: GroupReader, method: Method):
 
 def _kept(*gradients: torch.Tensor) -> list[torch.Tensor]:
     return [kept_norm(gradients)]
-
-
-def _total(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total

@@ -148,6 +148,8 @@ def normalise(program: Program) -> Program:
             _reshape(node)
         elif node.target in (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims):
             _squeeze(node)
+        elif node.target is aten.index.Tensor:
+            _in_order(graph, node)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     graph.lint()
     program.module.recompile()
@@ -294,6 +296,19 @@ def _reshape(node: fx.Node) -> None:
             for want, have in zip(sizes, known, strict=True)
         ],
     )
+
+
+def _in_order(graph: fx.Graph, node: fx.Node) -> None:
+    """Indices laid out in their own order: by those of another, kernels lay out what torch's tracing does not know."""
+    indices: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+    with graph.inserting_before(node):
+        for at, index in enumerate(indices):
+            if isinstance(index, fx.Node) and not index.meta["val"].is_contiguous():
+                copied = graph.call_function(aten.clone.default, (index,), {"memory_format": torch.contiguous_format})
+                copied.meta["val"] = fake_value(copied)
+                carry_origin(node, [copied])
+                indices[at] = copied
+    node.args = (node.args[0], indices)
 
 
 def _squeeze(node: fx.Node) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from dpcompile.forms import weighted_sum, weighted_sum_kept
+from dpcompile.forms import added, weighted_sum, weighted_sum_kept
 from dpcompile.inline import inline
 from dpcompile.ir import Chain, Draft, Output, OutputKind, Space
 from dpcompile.passes.combine import GroupReader
@@ -65,15 +65,12 @@ def _kept_sum(factor: torch.Tensor, finite: torch.Tensor, gradient: torch.Tensor
 
 
 def _add(*parts: torch.Tensor) -> list[torch.Tensor]:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return [total]
+    return [added(parts)]
 
 
 def _sum(reader: GroupReader):
     def clipped(factor: torch.Tensor, finite: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        return _add(*(weighted_sum(form, factor, finite) for form in reader.combined(tensors)))
+        return [added([weighted_sum(form, factor, finite) for form in reader.combined(tensors)])]
 
     return clipped
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -108,6 +109,13 @@ def _read(graph: fx.Graph, size: torch.SymInt, placeholders: Sequence[fx.Node]) 
     raise InvalidGraphError(f"split: no input of the graph has the size {size}")
 
 
+def _again(result: fx.Node) -> fx.Node:
+    """The same value as another result: torch.compile takes no function that returns a tensor twice."""
+    alias = result.graph.call_function(torch.ops.aten.alias.default, (result,))
+    alias.meta = dict(result.meta)
+    return alias
+
+
 def _extract(
     program: Program,
     keep: set[fx.Node],
@@ -129,13 +137,16 @@ def _extract(
             node in keep and node.op == "get_attr"
         ):
             env[node] = graph.node_copy(node, env.__getitem__)
-    results = [env[nodes[o.node]] if o.node is not None else o.literal for o in outputs]
+    results: list[Any] = []
+    for o in outputs:
+        result = env[nodes[o.node]] if o.node is not None else o.literal
+        results.append(_again(result) if isinstance(result, fx.Node) and result in results else result)
     graph.output(results + [env[node] for node in saved])
     graph.lint()
     module = fx.GraphModule(program.module, graph)
     renamed = tuple(
-        Output(env[nodes[o.node]].name if o.node else None, o.kind, o.target, o.literal, o.wants_gradient)
-        for o in outputs
+        replace(o, node=result.name if isinstance(result, fx.Node) else None)
+        for o, result in zip(outputs, results, strict=True)
     )
     own_inputs = tuple(Input(env[nodes[i.node]].name, i.kind, i.target, i.trainable, i.batch_dim) for i in inputs)
     return replace(program, module=module, inputs=own_inputs, outputs=renamed)

@@ -434,3 +434,43 @@ def test_buffers_that_count_steps_go_on_counting() -> None:
     step(dp_model, *batch())
     step(dp_model, *batch())
     assert model.steps == 2
+
+
+class ReturnsItTwice(nn.Module):
+    """As the last hidden state of a language model is among its hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.net(x)
+        return h, h
+
+
+class LooksUpInAnotherOrder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(3, 3))
+        self.mix = nn.Parameter(torch.randn(1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.table[x.transpose(1, 2).abs().long() % 3]
+        return torch.einsum("qt,...td->...qd", self.mix, rows.flatten(1, 2).unsqueeze(-2))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"), [(ReturnsItTwice, (4, 3)), (LooksUpInAnotherOrder, (4, 2, 3))], ids=lambda x: str(x)
+)
+def test_torch_compile_gives_the_gradients_of_the_eager_module(model: type[nn.Module], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    module, x = model().double(), 2 * torch.randn(*shape, dtype=torch.double)
+    dp_model = dpcompile(module, x, max_grad_norm=0.5)
+    torch._dynamo.reset()
+    found = []
+    for run in (dp_model, torch.compile(dp_model, fullgraph=True, backend="aot_eager")):
+        module.zero_grad()
+        outputs = run(x)
+        sum(((k + 1) * out).square().sum() for k, out in enumerate(outputs)).backward()
+        found.append([p.grad for p in module.parameters()] + [dp_model.per_sample_norms])
+    torch.testing.assert_close(*found)
