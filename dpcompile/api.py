@@ -209,6 +209,7 @@ class Analysis:
             clipping,
             mean,
             self.trainable,
+            self.captured.modules,
             penalty(self.program, self.tracked) if self.fused else None,
             drop_tangents,
         )

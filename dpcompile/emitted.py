@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from dpcompile import records
+from dpcompile.attributes import ModuleRecord
 from dpcompile.calls import CallSpec
 from dpcompile.clipping import Clipping
 from dpcompile.ir import InputKind, Output, OutputKind, Program
@@ -33,6 +34,7 @@ class Emitted:
     clipping: Clipping
     mean: bool  # the loss is a mean over samples
     trainable: tuple[str, ...]  # qualified names of the parameters that were trainable at compile time
+    modules: Mapping[str, ModuleRecord]  # what the graph has taken from each module of the model
     penalty: Program | None  # fused form: the part of the loss that the parameters alone make
     drop_tangents: Callable[[Program, Sequence[str]], Program | None]  # the backward without gradients of some outputs
 

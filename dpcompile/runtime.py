@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 import weakref
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from dpcompile import records
+from dpcompile.attributes import changes
 from dpcompile.calls import TARGETS, CallSpec
 from dpcompile.clipping import Clipping, total_bound
 from dpcompile.emitted import Emitted, FusedFunction, PrivateFunction, without_autocast
@@ -263,7 +265,7 @@ class DPModule(nn.Module):
         return outputs
 
     def _check_unchanged(self) -> None:
-        """Raise where a parameter was frozen, unfrozen, added, replaced or moved to another type since compilation."""
+        """Raise where the model is not as it was compiled: its parameters, and what its code read from its modules."""
         if any(p.dtype is not dtype for p, dtype in zip(self._held, self._dtypes, strict=True)):
             raise DPCompileError(
                 "call: the parameters have another type than when they were compiled, and norms are certified for that "
@@ -284,11 +286,22 @@ class DPModule(nn.Module):
         replaced = [name for name, p in held.items() if name in now and now[name] is not p]
         if not flags or tuple(now) != self._emitted.trainable or replaced:
             raise DPCompileError(_changed_message(self._emitted.trainable, tuple(now), replaced))
+        changed = list(itertools.islice(changes(self.module, self._emitted.modules), 3))
+        if changed:
+            raise DPCompileError(
+                f"call: the model is not as it was compiled: {'; '.join(changed)}. The graph does not follow such a "
+                "change: take it back, or compile again with dpcompile(...)."
+            )
 
     # ------------------------------------------------------------ being a module
 
     def train(self, mode: bool = True) -> DPModule:
+        """The model in train or eval mode. Parts that were in eval mode when it was compiled stay in it."""
         self.module.train(mode)
+        for path, module in self.module.named_modules():
+            record = self._emitted.modules.get(path)
+            if mode and record is not None:
+                module.training = record.values.get("training", True)
         self.training = mode
         return self
 

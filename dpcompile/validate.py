@@ -63,7 +63,7 @@ def check_norms(
     Norms that are above for all data, and nowhere below, may be so by the bound on rounding where positions cancel:
     `bare` emits them without it, and they are compared again.
 
-    Gradients, buffers, training flags, norms and torch's generators are left as they were.
+    Gradients, buffers, attributes and flags of modules, norms and torch's generators are left as they were.
 
     Raises:
         InvalidGraphError: norms disagree for all data that are tried; has what is needed to report it.
@@ -295,7 +295,7 @@ def _gradients(model: nn.Module, results: list[Tensor], tangents: list[Tensor]) 
 @contextlib.contextmanager
 def _undone(dp_model: DPModule) -> Iterator[None]:
     """In the modes that the model was captured in, with everything that a step changes put back behind it."""
-    flags = {module: module.training for module in (dp_model, *dp_model.module.modules())}
+    flag, attributes = dp_model.training, {module: dict(module.__dict__) for module in dp_model.module.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in dp_model.module.buffers()]
     devices = sorted({p.device.index or 0 for p in dp_model.parameters() if p.device.type == "cuda"})
     if not dp_model.module.training:
@@ -305,8 +305,10 @@ def _undone(dp_model: DPModule) -> Iterator[None]:
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
             yield
     finally:
-        for module, flag in flags.items():
-            module.training = flag
+        dp_model.training = flag
+        for module, own in attributes.items():
+            module.__dict__.clear()
+            module.__dict__.update(own)
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)

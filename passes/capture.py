@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.export.graph_signature import ConstantArgument
 from torch.export.graph_signature import OutputKind as ExportOutputKind
 from torch.utils import _pytree as pytree
 
+from dpcompile.attributes import ModuleRecord, attribute_reads
 from dpcompile.calls import CallSpec, LeafSpec, in_program
 from dpcompile.cells import CELLS
 from dpcompile.choices import choice_by_data, line_of, user_frames
@@ -45,6 +46,7 @@ class Captured:
     call: CallSpec  # with the lengths that are free, by name
     out_spec: pytree.TreeSpec  # how the flat user outputs become the model's own return value
     checkpointed: int = 0  # regions of torch.utils.checkpoint
+    modules: Mapping[str, ModuleRecord] = field(default_factory=dict)  # what the graph has taken from each module
 
 
 class _Root(nn.Module):
@@ -110,7 +112,7 @@ def capture(
     try:
         with symbolic_batch(), users_frames(), warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")  # torch.export's own deprecations: nothing a user could act on
-            with checkpointed_regions() as regions:
+            with checkpointed_regions() as regions, attribute_reads(model) as reads:
                 exported = torch.export.export(root, sample, dynamic_shapes=(dynamic,), strict=False)
             _keep_no_grad_regions(exported.graph_module)
             _inline_empty_literals(exported.graph_module)
@@ -122,7 +124,7 @@ def capture(
     except Exception as error:
         raise CaptureError(_capture_message(model, call, error)) from error
     program, call = _with_lengths(_program_of(exported, model, call), call)
-    return Captured(program, call, out_specs[-1], len(regions))
+    return Captured(program, call, out_specs[-1], len(regions), reads.records(model))
 
 
 def _free_dims(leaf: LeafSpec, views: int) -> dict[int, Any] | None:

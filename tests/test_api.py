@@ -245,6 +245,63 @@ def test_changed_parameters_are_noticed(change: str) -> None:
         dp_model(batch()[0])
 
 
+@pytest.mark.parametrize("change", ["rate", "size", "training", "kind", "gone"])
+def test_changed_modules_are_noticed(change: str) -> None:
+    """What the graph has taken from a module: the rate of a dropout, a flag, the module's own type."""
+    model = net()
+    dp_model = dpcompile(model, batch()[0])
+    if change == "rate":
+        model.drop.p = 0.5
+    elif change == "size":
+        model.first.in_features = 7  # no graph depends on it, and no forward reads it
+        dp_model(batch()[0])
+        return
+    elif change == "training":
+        model.drop.eval()
+    elif change == "kind":
+        model.drop = nn.Identity()
+    else:
+        del model.drop
+    with pytest.raises(DPCompileError, match=r"`drop.* (compile again|take it back)"):
+        dp_model(batch()[0])
+
+
+def test_a_part_in_eval_mode_stays_in_it() -> None:
+    """As it was compiled: train() and eval() of the whole change nothing of it."""
+    model = net(dropout=True)
+    model.drop.eval()
+    dp_model = dpcompile(model, batch()[0])
+    before = step(dp_model, *batch())
+    dp_model.eval()
+    dp_model.train()
+    assert not model.drop.training
+    assert all(torch.equal(a, b) for a, b in zip(step(dp_model, *batch()), before, strict=True))
+    model.train()  # past the compiled module
+    with pytest.raises(DPCompileError, match=r"`drop.training` was False and is True now"):
+        dp_model(batch()[0])
+
+
+def test_a_counter_of_calls_may_change() -> None:
+    """What the model's own code writes is no part of the graph: inference goes on counting."""
+    model = Counts()
+    dp_model = dpcompile(model, batch()[0])
+    assert model.calls == 0
+    with torch.no_grad():
+        dp_model(batch()[0])
+    assert model.calls == 1
+    step(dp_model, *batch())
+
+
+class Counts(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return super().forward(x)
+
+
 def test_moving_to_another_type_needs_compiling_again(model: Net, dp_model: DPModule) -> None:
     """Norms are certified for the type that was compiled."""
     dp_model.double()
