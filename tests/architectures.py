@@ -598,7 +598,7 @@ _add(
     "segformer_pixels",
     "SegformerForSemanticSegmentation",
     "SegformerConfig",
-    _PYRAMID | {"decoder_hidden_size": 8},
+    _PYRAMID | {"decoder_hidden_size": 8, "classifier_dropout_prob": 0.0},
     images(16),
     labels,
     pixel_loss,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from architecture_page import HEAD, PAGE, refused_row, row_of
 from architectures import ARCHITECTURES, REFUSED
-from oracle import check_against_oracle, splitting_norm
+from oracle import arithmetic_of, check_against_oracle, splitting_norm
 from zoo import SAMPLE_BATCH, Case
 
 from dpcompile import DPModule
@@ -37,14 +38,16 @@ def test_some_architectures_equal_one_sample_at_a_time(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_every_architecture_equals_one_sample_at_a_time(name: str, subtests: pytest.Subtests) -> None:
-    """In every norm method, at the sample's batch size and another one; and the page says of it what is so."""
+    """In every norm method, at the sample's batch size and another one, in float64; and the page says what is so."""
     case = ARCHITECTURES[name]()
-    analysis = prove(case.model, case.sample_input).conclude()
-    for method, batch_sizes in METHODS.items():
-        with subtests.test(method=method):
-            check(case, analysis, method, *batch_sizes)
     with subtests.test(PAGE.name):
-        assert row_of(case, analysis) in PAGE.read_text().splitlines()
+        assert row_of(case, prove(case.model, case.sample_input).conclude()) in PAGE.read_text().splitlines()
+    double = case.to(torch.float64)
+    with arithmetic_of(torch.float64):
+        analysis = prove(double.model, double.sample_input).conclude()
+        for method, batch_sizes in METHODS.items():
+            with subtests.test(method=method):
+                check(double, analysis, method, *batch_sizes)
 
 
 @pytest.mark.parametrize(
