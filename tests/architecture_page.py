@@ -26,10 +26,10 @@ Written by `python tests/architecture_page.py` (torch {torch.__version__.partiti
 {transformers.__version__}). {len(ARCHITECTURES) - len(REFUSED)} of {len(ARCHITECTURES)} are exact.
 
 Tiny configs of Hugging Face models with random weights (`tests/architectures.py`). *Exact*: norms and clipped
-gradients equal those of one sample at a time in float64 to 1e-4, at the batch size of the sample and at others (`pytest
-tests/test_architectures.py` for some, with `-m slow` for all, there also with ghost and with explicit norms).
-*Refused*: an error says why, where and what to do; nothing is trained wrongly. `_frozen`: batch norms in eval mode.
-Mixtures of experts are exact with `experts_implementation="batched_mm"`.
+gradients equal those of one sample at a time, at the batch size of the sample and at others: of some in float32 to
+1e-4 (`pytest tests/test_architectures.py`), of all in float64 to 1e-8, with ghost and with explicit norms too (`-m
+slow`). *Refused*: an error says why, where and what to do; nothing is trained wrongly. `_frozen`: batch norms in eval
+mode. Mixtures of experts are exact with `experts_implementation="batched_mm"`.
 
 Ops: aten ops that capture gives. Sites: uses of parameters by the form of their per-sample gradient; a fallback is the
 vmap of an op's own vjp.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from architecture_page import HEAD, PAGE, refused_row, row_of
@@ -17,6 +19,9 @@ from dpcompile.errors import DPCompileError
 QUICK = ("bloom", "modernbert", "convnext", "wav2vec2")
 QUICKLY_REFUSED = ("resnet", "clip", "bart_layerdrop")
 METHODS = {"auto": (SAMPLE_BATCH, 1), "ghost": (SAMPLE_BATCH, SAMPLE_BATCH + 1), "explicit": (SAMPLE_BATCH, 1)}
+
+# Their code is in float64 as it is; that casts to float32 are made to float64, export takes for an error of its own.
+WITHOUT_CASTS = ("opt", "biogpt", "deberta_v2", "videomae")
 
 EXACT = [name for name in ARCHITECTURES if name not in REFUSED]
 
@@ -43,7 +48,7 @@ def test_every_architecture_equals_one_sample_at_a_time(name: str, subtests: pyt
     with subtests.test(PAGE.name):
         assert row_of(case, prove(case.model, case.sample_input).conclude()) in PAGE.read_text().splitlines()
     double = case.to(torch.float64)
-    with arithmetic_of(torch.float64):
+    with nullcontext() if name in WITHOUT_CASTS else arithmetic_of(torch.float64):
         analysis = prove(double.model, double.sample_input).conclude()
         for method, batch_sizes in METHODS.items():
             with subtests.test(method=method):
