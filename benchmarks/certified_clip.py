@@ -31,8 +31,9 @@ from tqdm import tqdm
 from workloads import WORKLOADS, Workload
 
 from dpcompile import certified, dpcompile, forms
-from dpcompile.forms import Form, Outer, explicit, in_float64, merge
+from dpcompile.forms import Form, Outer, Patched, explicit, in_float64, merge
 from dpcompile.passes import insert_norms
+from dpcompile.patches import overlapped, padded
 
 SIZES = ((16, 512), (128, 512), (512, 1024), (1024, 512), (1024, 2048))
 """T and d = p; at 1024 and 512 there are more positions than Gram matrices pay for (forms.crowded)."""
@@ -53,6 +54,8 @@ def plain_dropped(uses: Sequence[Form]) -> Tensor:
 
 def plain_ghost(uses: Sequence[Form]) -> Tensor:
     merged = merge(uses)
+    if len(merged) == 1 and isinstance(merged[0], Patched) and merged[0].window.groups == 1:
+        return without_error((plain_patched_gram(merged[0]) * plain_gram(merged[0].rows)).sum((1, 2)))
     if len(merged) > 1 or not isinstance(merged[0], Outer):
         return certified_ghost(uses)  # tied tables: few, and not what is looked at here
     if merged[0].rows_BGTp.shape[1:3] == (1, 1):  # one position: a product of two norms
@@ -60,6 +63,16 @@ def plain_ghost(uses: Sequence[Form]) -> Tensor:
     rows, cols = merged[0].rows_BGTp.flatten(0, 1), merged[0].cols_BGTd.flatten(0, 1)
     total = ((rows @ rows.transpose(1, 2)) * (cols @ cols.transpose(1, 2))).sum((1, 2))
     return without_error(total.unflatten(0, merged[0].rows_BGTp.shape[:2]).sum(1))
+
+
+def plain_gram(image: Tensor) -> Tensor:
+    pixels = image.flatten(2)
+    return pixels.transpose(1, 2) @ pixels
+
+
+def plain_patched_gram(form: Patched) -> Tensor:
+    positions = tuple(form.rows.shape[2:])
+    return overlapped(plain_gram(padded(form.image, form.window, positions)), form.window, positions)
 
 
 certified_ghost: Any = insert_norms.ghost_norm

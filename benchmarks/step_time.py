@@ -37,6 +37,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from page import page
+from peers import PEERS, peer_step
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -44,7 +46,7 @@ from workloads import WORKLOADS, Workload
 
 EAGER_METHODS = ("plain-eager", "split-eager", "fused-eager")
 COMPILED_METHODS = ("plain-compiled", "split-compiled", "fused-compiled")
-METHODS = EAGER_METHODS + COMPILED_METHODS
+METHODS = EAGER_METHODS + COMPILED_METHODS + PEERS
 MAX_GRAD_NORM = 1e6  # every factor is exactly 1, yet nothing in the graph is left out
 WARM_UP_STEPS = 3
 MEASUREMENT_SECONDS = 0.05  # short steps are repeated until one measurement takes at least this long
@@ -52,8 +54,13 @@ MEASUREMENT_SECONDS = 0.05  # short steps are repeated until one measurement tak
 Step = Callable[[], Tensor]
 
 
-def make_step(workload: Workload, model: nn.Module, batch: tuple[Any, Tensor], method: str) -> tuple[Step, float]:
-    """A function that runs one step of `method` and returns the loss, and the seconds dpcompile took."""
+def make_step(
+    workload: Workload, model: nn.Module, batch: tuple[Any, Tensor], method: str
+) -> tuple[Step, float, nn.Module]:
+    """A function that runs one step of `method`, the seconds dpcompile took, and the model with the gradients."""
+    if method in PEERS:
+        step, model = peer_step(workload, model, batch, method, MAX_GRAD_NORM)
+        return step, 0.0, model
     form, _, mode = method.partition("-")
     inputs, targets = batch
     trained, prepare_seconds = model, 0.0
@@ -79,7 +86,7 @@ def make_step(workload: Workload, model: nn.Module, batch: tuple[Any, Tensor], m
         loss.backward()
         return loss
 
-    return step, prepare_seconds
+    return step, prepare_seconds, model
 
 
 def load(workload: Workload, device: torch.device) -> tuple[nn.Module, tuple[Any, Tensor]]:
@@ -115,29 +122,38 @@ def relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def measure_times(workload: Workload, methods: list[str], rounds: int, device: torch.device) -> dict[str, Any]:
-    """Per method: seconds of each round, seconds to prepare, and the error of its gradient against plain-eager's."""
+    """Per method: seconds of each round, seconds to prepare, and the error of its gradient against plain-eager's.
+
+    A peer that does not take the model has its reason instead.
+    """
     model, batch = load(workload, device)
     steps: dict[str, Step] = {}
     records: dict[str, Any] = {}
     expected: list[Tensor] = []
     for method in methods:  # plain-eager is the first
         started = time.perf_counter()
-        step, dpcompile_seconds = make_step(workload, model, batch, method)
-        for _ in range(WARM_UP_STEPS):
-            step()
+        try:
+            step, dpcompile_seconds, trained = make_step(workload, model, batch, method)
+            for _ in range(WARM_UP_STEPS):
+                step()
+        except Exception as error:
+            if method not in PEERS:
+                raise
+            records[method] = {"refused": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"}
+            continue
         prepare_seconds = time.perf_counter() - started
         expected = expected or gradient_of(model)
         records[method] = {
             "prepare_seconds": prepare_seconds,  # until after the first steps, torch.compile included
             "dpcompile_seconds": dpcompile_seconds,
-            "gradient_error": relative_error(gradient_of(model), expected),
+            "gradient_error": relative_error(gradient_of(trained), expected),
             "seconds": [],
         }
         steps[method] = step
 
     repeats = math.ceil(MEASUREMENT_SECONDS / seconds_per_step(steps["plain-eager"], 3, device))
     for _ in range(rounds):
-        for method in methods:
+        for method in steps:
             records[method]["seconds"].append(seconds_per_step(steps[method], repeats, device))
     return records
 
@@ -164,7 +180,7 @@ def measure_peak(workload: Workload, method: str, device: torch.device) -> dict[
     """Peak bytes of one step above the level between steps; without /proc, above the loaded model."""
     model, batch = load(workload, device)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    step, _ = make_step(workload, model, batch, method)
+    step, _, model = make_step(workload, model, batch, method)
     for _ in range(WARM_UP_STEPS):
         step()
     model.zero_grad(set_to_none=True)
@@ -197,6 +213,8 @@ def measure_peak_in_fresh_process(name: str, method: str, args: argparse.Namespa
 def summarize(records: dict[str, Any]) -> None:
     """Add the median and the ratios to plain training: median and quartiles of the ratios within each round."""
     for record in records.values():
+        if "refused" in record:
+            continue
         record["median_seconds"] = statistics.median(record["seconds"])
         for base in ("plain-eager", "plain-compiled"):
             if base not in records:
@@ -218,7 +236,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 def describe_versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "dpcompile"):
+    for package in ("torch", "transformers", "opacus", "dpcompile"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
@@ -236,6 +254,9 @@ def as_table(workload: Workload, records: dict[str, Any]) -> Table:
         table.add_column(heading, justify="right")
     plain_peak = records["plain-eager"].get("peak_bytes")
     for method, record in records.items():
+        if "refused" in record:
+            table.add_row(method, "refuses", *["–"] * 6)
+            continue
         ratios = []
         for base in ("plain-eager", "plain-compiled"):
             ratio = record.get(f"ratio_to_{base}")
@@ -257,7 +278,8 @@ def as_table(workload: Workload, records: dict[str, Any]) -> Table:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL", choices=WORKLOADS, help=", ".join(WORKLOADS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: the eager ones, all with --compile")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: eager; those compiled with --compile")
+    parser.add_argument("--peers", action="store_true", help="time Opacus and vmap(grad) as well")
     parser.add_argument("--compile", action="store_true", help="time the torch.compile'd methods as well")
     parser.add_argument("--against", choices=["plain"], default="plain", help="what the ratios are to")
     parser.add_argument("--rounds", type=int, default=7)
@@ -265,6 +287,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="skip the memory measurements")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number with hardware and versions")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots (page.py)")
     parser.add_argument("--peak-of", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rounds < 1:
@@ -281,7 +304,7 @@ def main() -> None:
         print(json.dumps(measure_peak(WORKLOADS[args.models[0]], args.peak_of, device)))
         return
 
-    wanted = args.methods or (METHODS if args.compile else EAGER_METHODS)
+    wanted = args.methods or (*EAGER_METHODS, *COMPILED_METHODS * args.compile, *PEERS * args.peers)
     methods = [method for method in METHODS if method in wanted or method == "plain-eager"]
     report: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
@@ -300,12 +323,17 @@ def main() -> None:
         records = measure_times(WORKLOADS[name], methods, args.rounds, device)
         summarize(records)
         if args.memory:
-            for method in methods:
+            for method in (m for m in methods if "refused" not in records[m]):
                 records[method] |= measure_peak_in_fresh_process(name, method, args)
         report["models"][name] = {"note": WORKLOADS[name].note, "methods": records}
         console.print(as_table(WORKLOADS[name], records))
+        for method, record in records.items():
+            if "refused" in record:
+                console.print(f"{method}: {record['refused']}")
         if args.json:  # after every model, so that an interrupted run leaves what it has
             args.json.write_text(json.dumps(report, indent=1) + "\n")
+        if args.html:
+            args.html.write_text(page([report]))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,37 @@ def resnet18() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, CLASSES))
 
 
+class Bottleneck(nn.Module):
+    def __init__(self, channels_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        channels = 4 * width
+        self.body = nn.Sequential(
+            *(nn.Conv2d(channels_in, width, 1, bias=False), nn.GroupNorm(32, width), nn.ReLU()),
+            *(nn.Conv2d(width, width, 3, stride, padding=1, bias=False), nn.GroupNorm(32, width), nn.ReLU()),
+            *(nn.Conv2d(width, channels, 1, bias=False), nn.GroupNorm(32, channels)),
+        )
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels_in != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.GroupNorm(32, channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet50() -> nn.Module:
+    """ResNet-50 as for ImageNet, with GroupNorm(32, ·) in place of BatchNorm."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), nn.GroupNorm(32, 64), nn.ReLU()]
+    layers.append(nn.MaxPool2d(3, 2, padding=1))
+    channels_in = 64
+    for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for block in range(blocks):
+            layers.append(Bottleneck(channels_in, width, stride if block == 0 else 1))
+            channels_in = 4 * width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels_in, CLASSES))
+
+
 def vgg19() -> nn.Module:
     layers: list[nn.Module] = []
     channels_in = 3
@@ -122,9 +153,34 @@ def gpt2() -> nn.Module:
     )
 
 
-def gpt2_batch() -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(50257, (8, 129))
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+def gpt2_lora() -> nn.Module:
+    """The same, frozen, with low-rank adapters on the attention's projections."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    return get_peft_model(gpt2(), config)  # pyright: ignore[reportArgumentType]
+
+
+def beit() -> nn.Module:
+    from transformers import BeitConfig, BeitForImageClassification
+
+    return BeitForImageClassification(
+        BeitConfig(
+            num_hidden_layers=2,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            drop_path_rate=0.0,
+            num_labels=CLASSES,
+        )
+    )
+
+
+def texts(batch_size: int, length: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    def batch() -> tuple[Tensor, Tensor]:
+        tokens = torch.randint(50257, (batch_size, length + 1))
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    return batch
 
 
 def bert() -> nn.Module:
@@ -171,8 +227,13 @@ WORKLOADS: dict[str, Workload] = {
         Workload("resnet18", "GroupNorm, 32², B=32", resnet18, features(32, 3, 32, 32), class_loss),
         Workload("vgg19", "no norms, 32², B=32", vgg19, features(32, 3, 32, 32), class_loss),
         Workload("vit", "6x384, 224², B=8", vit, features(8, 3, 224, 224), class_loss),
-        Workload("gpt2", "4x768, V=50257 tied, T=128, B=8", gpt2, gpt2_batch, token_loss),
+        Workload("gpt2", "4x768, V=50257 tied, T=128, B=8", gpt2, texts(8, 128), token_loss),
         Workload("bert", "4x256, T=128, B=16", bert, token_ids(30522, 16, 128), class_loss),
         Workload("lstm", "2x256, T=64, B=32", LSTMClassifier, token_ids(LSTM_VOCAB, 32, 64), class_loss),
+        Workload("resnet50", "GroupNorm, 64², B=16", resnet50, features(16, 3, 64, 64), class_loss),
+        Workload("gpt2_512", "the same, T=512, B=2", gpt2, texts(2, 512), token_loss),
+        Workload("gpt2_1024", "the same, T=1024, B=2", gpt2, texts(2, 1024), token_loss),
+        Workload("gpt2_lora", "the same with LoRA, r=8, T=128, B=8", gpt2_lora, texts(8, 128), token_loss),
+        Workload("beit", "2x768, 224², B=8", beit, features(8, 3, 224, 224), class_loss),
     )
 }

@@ -26,15 +26,20 @@ from dpcompile.forms import (
     Form,
     OneHot,
     Outer,
+    Patched,
     added,
     doubled,
+    dtype_of,
     explicit,
     flat,
     in_float64,
+    length_of,
     merge,
     spans,
     swapped,
+    written_out,
 )
+from dpcompile.patches import overlapped, padded
 from dpcompile.shapes import hint, is_one
 
 BLOCK = 1024
@@ -70,7 +75,7 @@ def unit(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2 if _bounds.get() else 1e-30
 
 
-def gamma(terms: int, dtype: torch.dtype) -> float:
+def gamma(terms: int | torch.SymInt, dtype: torch.dtype) -> float:
     """Relative error of a sum of that many products, in the worst case; of a free length, a number of the graph."""
     nu = terms * unit(dtype)
     return nu / (1 - nu) if hint(terms) * unit(dtype) < 0.5 else float("inf")
@@ -145,7 +150,7 @@ def dropped_norm(forms: Sequence[Form]) -> torch.Tensor:
     """[2, B] from the explicit gradient, which the clipped sum forms once more in another order."""
     grads: list[torch.Tensor] = []
     error = 0.0
-    for form in merge(forms):
+    for form in map(written_out, merge(forms)):
         made = form
         if not isinstance(form, Explicit):
             made = in_float64(form) if doubled(form) else form
@@ -156,9 +161,9 @@ def dropped_norm(forms: Sequence[Form]) -> torch.Tensor:
     return torch.stack([square, torch.zeros_like(square) + error**2])
 
 
-def ghost_norm(forms: Sequence[Outer | OneHot]) -> torch.Tensor:
+def ghost_norm(forms: Sequence[Outer | OneHot | Patched]) -> torch.Tensor:
     """[2, B] of the sum of all forms, none of them made explicit: sum_kl <G_k, G_l>."""
-    merged = cast("list[Outer | OneHot]", merge(forms))
+    merged = cast("list[Outer | OneHot | Patched]", merge(forms))
     if len(merged) == 1 and isinstance(merged[0], Outer) and is_one(merged[0].rows_BGTp.shape[2]):
         return _single_position(merged[0])
     wide = any(map(doubled, merged))
@@ -191,14 +196,14 @@ def _over_groups(values_N: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 class _Use:
     """One form with what its own Gram matrices tell."""
 
-    form: Outer | OneHot
+    form: Outer | OneHot | Patched
     square: torch.Tensor  # [B] float64, |G|^2 and what may be missing from it
     rows: torch.Tensor  # [B, G, T] at least the norms of the rows; ones for a look-up
     cols: torch.Tensor  # [B, G, T]
     length: torch.Tensor  # [B] float64, at least sum_t |rows_t| |cols_t|, rows of one place added up
 
 
-def _measured(form: Outer | OneHot) -> _Use:
+def _measured(form: Outer | OneHot | Patched) -> _Use:
     if isinstance(form, OneHot):
         same = form.index_BT.unsqueeze(2) == form.index_BT.unsqueeze(1)
         gram, cols = _gram(form.cols_BTd, form.cols_BTd)
@@ -207,10 +212,16 @@ def _measured(form: Outer | OneHot) -> _Use:
         most = _sum2(pairs)
         square = _sum2(gram * same) + SECOND_ORDER * (gamma(_terms(count), dtype) + _gamma2(pairs)) * most
         return _Use(form, square, torch.ones_like(cols)[:, None], cols[:, None], most.sqrt())
-    shape = form.rows_BGTp.shape[:2]
-    rows_gram, rows = _gram(form.rows_BGTp.flatten(0, 1), form.rows_BGTp.flatten(0, 1))
-    cols_gram, cols = _gram(form.cols_BGTd.flatten(0, 1), form.cols_BGTd.flatten(0, 1))
-    square = _pairing(rows_gram, rows, rows, form.rows_BGTp.shape[3], cols_gram, cols, cols, form.cols_BGTd.shape[3])
+    if isinstance(form, Patched):
+        factor = form.rows.flatten(2).unflatten(1, (form.window.groups, -1)).transpose(2, 3)
+        cols_gram, cols, terms = _patched_gram(form)
+    else:
+        factor = form.rows_BGTp
+        cols_gram, cols = _gram(form.cols_BGTd.flatten(0, 1), form.cols_BGTd.flatten(0, 1))
+        terms = _terms(form.cols_BGTd.shape[3])
+    shape = factor.shape[:2]
+    rows_gram, rows = _gram(factor.flatten(0, 1), factor.flatten(0, 1))
+    square = _pairing(rows_gram, rows, rows, _terms(factor.shape[3]), cols_gram, cols, cols, terms)
     length = (rows * cols).sum(1, dtype=torch.float64).unflatten(0, shape)
     return _Use(
         form,
@@ -224,6 +235,8 @@ def _measured(form: Outer | OneHot) -> _Use:
 def _cross(left: _Use, right: _Use) -> torch.Tensor:
     """[B] at least <G, G'>."""
     a, b = left.form, right.form
+    assert not isinstance(a, Patched)  # patches of several uses are written out
+    assert not isinstance(b, Patched)
     if spans(a) != spans(b):  # one weight read in two ways that share no factor
         dtype = accurate(a.cols_BTd if isinstance(a, OneHot) else a.cols_BGTd).dtype
         product = (accurate(explicit(a)) * accurate(explicit(b))).flatten(1)
@@ -238,11 +251,11 @@ def _cross(left: _Use, right: _Use) -> torch.Tensor:
             rows,
             left.rows.flatten(0, 1),
             right.rows.flatten(0, 1),
-            a.rows_BGTp.shape[3],
+            _terms(a.rows_BGTp.shape[3]),
             cols,
             left.cols.flatten(0, 1),
             right.cols.flatten(0, 1),
-            a.cols_BGTd.shape[3],
+            _terms(a.cols_BGTd.shape[3]),
         )
         return _over_groups(square, a.rows_BGTp.shape[:2])
     if isinstance(a, Outer):
@@ -262,20 +275,21 @@ def _pairing(
     rows_gram: torch.Tensor,
     left_rows: torch.Tensor,
     right_rows: torch.Tensor,
-    p: int,
+    rows_terms: int,
     cols_gram: torch.Tensor,
     left_cols: torch.Tensor,
     right_cols: torch.Tensor,
-    d: int,
+    cols_terms: int,
 ) -> torch.Tensor:
     """[N] at least sum_ts <rows_t, rows'_s> <cols_t, cols'_s>, from Gram matrices [N, T, S] and norms [N, T], [N, S].
 
-    With K = rows_gram and A = cols_gram as computed, off by gamma_p |r_t| |r_s| and gamma_d |c_t| |c_s|:
+    With K = rows_gram and A = cols_gram as computed, off by gamma_p |r_t| |r_s| and gamma_d |c_t| |c_s|, p and d the
+    terms that were added up for an element:
     sum K A + gamma_d sum |K| |c_t| |c_s| + gamma_p sum |A| |r_t| |r_s| + gamma_d gamma_p (sum_t |r_t| |c_t|) (...).
     Where the sizes alone make the bound small, (gamma_d + gamma_p) times the last product is taken for all of it.
     """
     dtype = rows_gram.dtype
-    by_rows, by_cols = gamma(_terms(p), dtype), gamma(_terms(d), dtype)
+    by_rows, by_cols = gamma(rows_terms, dtype), gamma(cols_terms, dtype)
     pairs = rows_gram * cols_gram
     adding = _gamma2(pairs)
     left, right = ((r * c).sum(1, dtype=torch.float64) for r, c in ((left_rows, left_cols), (right_rows, right_cols)))
@@ -323,11 +337,28 @@ def _gram(left_NTk: torch.Tensor, right_NTk: torch.Tensor) -> tuple[torch.Tensor
     The least norm is such that what underflow takes from a product is covered by the relative bound.
     """
     gram = _product(left_NTk, right_NTk)
-    dtype = gram.dtype
-    least = left_NTk.shape[2] * 4 * tiny(dtype) / unit(dtype)
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    slack = 1 + 2 * gamma(_terms(left_NTk.shape[2]), dtype) + 8 * unit(dtype)
-    return gram, (diagonal * slack + least).sqrt()
+    return gram, _norms(gram, _terms(left_NTk.shape[2]), left_NTk.shape[2])
+
+
+def _norms(gram: torch.Tensor, terms: int, count: int) -> torch.Tensor:
+    """[N, T] norms off the diagonal of a Gram of vectors of `count` numbers, made of sums of so many terms."""
+    least = count * 4 * tiny(gram.dtype) / unit(gram.dtype)
+    slack = 1 + 2 * gamma(terms, gram.dtype) + 8 * unit(gram.dtype)
+    return (gram.diagonal(dim1=1, dim2=2) * slack + least).sqrt()
+
+
+def _patched_gram(form: Patched) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The same of patches, which are not written out; and the terms of an element.
+
+    What an element is off by is weighed by the norms of patches: sum_delta |x_(t+delta)| |x_(s+delta)| is at most their
+    product (Cauchy and Schwarz).
+    """
+    positions = tuple(form.rows.shape[2:])
+    image = padded(form.image, form.window, positions)
+    pixels = image.flatten(2).unflatten(1, (form.window.groups, -1)).flatten(0, 1).transpose(1, 2)
+    gram = overlapped(_product(pixels, pixels), form.window, positions)
+    terms = _terms(pixels.shape[2]) + sum(form.window.kernel)
+    return gram, _norms(gram, terms, pixels.shape[2] * form.window.places), terms
 
 
 def _sum2(values_NTS: torch.Tensor) -> torch.Tensor:
@@ -346,21 +377,16 @@ def _gamma2(values_NTS: torch.Tensor) -> float:
     return gamma(values_NTS.shape[2] + 4, values_NTS.dtype)
 
 
-def _sum_gamma(form: Outer | OneHot) -> float:
+def _sum_gamma(form: Outer | OneHot | Patched) -> float:
     """Error of the clipped sum of one sample against sum_t |rows_t| |cols_t|: scaling, products, T terms, storage."""
     return _explicit_gamma(in_float64(form) if doubled(form) else form)
 
 
-def _explicit_gamma(form: Outer | OneHot) -> float:
+def _explicit_gamma(form: Outer | OneHot | Patched) -> float:
     """The same for products that are added up in the type of the factors."""
-    dtype = _dtype(form)
-    length = form.cols_BTd.shape[1] if isinstance(form, OneHot) else form.rows_BGTp.shape[2]
+    dtype = dtype_of(form)
     wide = torch.float32 if storage_unit(dtype) else dtype
-    return SECOND_ORDER * (gamma(length + 4, wide) + storage_unit(dtype))
-
-
-def _dtype(form: Outer | OneHot) -> torch.dtype:
-    return form.cols_BTd.dtype if isinstance(form, OneHot) else form.rows_BGTp.dtype
+    return SECOND_ORDER * (gamma(length_of(form) + 4, wide) + storage_unit(dtype))
 
 
 def _length(form: Outer | OneHot) -> torch.Tensor:

@@ -4,6 +4,7 @@ For sample i and one use of a parameter value the gradient is
 
     Outer     G_i = sum_t rows[i,t] (x) cols[i,t]                 linear, convolution, matmul (one block per group)
     OneHot    the same with rows[i,t] = unit vector index[i,t]    embedding
+    Patched   Outer whose columns are patches of an image         convolution (patches.py), unless they are written out
     Explicit  G_i itself, [B, *shape]                             biases, norm layers, other small or odd values
 
 Inner products of two forms give norms and cross terms of weights used more than once (certified.py). A form speaks of
@@ -14,6 +15,7 @@ of W and a use of W.T meet in one space.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dpcompile import finite
+from dpcompile.patches import Window, kernel_gradient, kernel_gradients, patches
 from dpcompile.shapes import hint
 
 Dims = tuple[int, ...]
@@ -50,7 +53,15 @@ class Explicit:
     grad: torch.Tensor  # [B, *shape]
 
 
-Form = Outer | OneHot | Explicit
+@dataclass(frozen=True)
+class Patched:
+    rows: torch.Tensor  # [B, G p, *positions]
+    image: torch.Tensor  # [B, G d / k, *sizes]
+    window: Window
+    shape: tuple[int, ...]  # of the parameter value: its first dimension is that of the rows
+
+
+Form = Outer | OneHot | Explicit | Patched
 
 CROWD = 32
 """Positions up to which rounding in float32 is small against a norm, whatever the data do."""
@@ -61,16 +72,44 @@ def crowded(positions: int | torch.SymInt, p: int, d: int) -> bool:
     return hint(positions) > CROWD and 2 * hint(positions) ** 2 > hint(p) * hint(d)
 
 
-def doubled(form: Outer | OneHot) -> bool:
+def doubled(form: Outer | OneHot | Patched) -> bool:
     """Of float32 factors whose products are added up in float64: positions of a crowd cancel, their errors add up."""
-    if isinstance(form, OneHot) or form.rows_BGTp.dtype is not torch.float32:
+    if isinstance(form, OneHot) or dtype_of(form) is not torch.float32:
         return False
-    return crowded(form.rows_BGTp.shape[2], form.rows_BGTp.shape[3], form.cols_BGTd.shape[3])
+    if isinstance(form, Patched):
+        return crowded(length_of(form), form.shape[0] // form.window.groups, math.prod(form.shape[1:]))
+    return crowded(length_of(form), form.rows_BGTp.shape[3], form.cols_BGTd.shape[3])
 
 
-def in_float64(form: Outer | OneHot) -> Outer | OneHot:
+def dtype_of(form: Outer | OneHot | Patched) -> torch.dtype:
+    if isinstance(form, Patched):
+        return form.rows.dtype
+    return form.cols_BTd.dtype if isinstance(form, OneHot) else form.rows_BGTp.dtype
+
+
+def length_of(form: Outer | OneHot | Patched) -> int | torch.SymInt:
+    """T: positions at which one sample uses the weight."""
+    if isinstance(form, Patched):
+        return math.prod(form.rows.shape[2:])
+    return form.cols_BTd.shape[1] if isinstance(form, OneHot) else form.rows_BGTp.shape[2]
+
+
+def written_out(form: Form) -> Outer | OneHot | Explicit:
+    """The same with patches as columns in memory: prod(kernel) times the image."""
+    if not isinstance(form, Patched):
+        return form
+    positions, columns = tuple(form.rows.shape[2:]), tuple(range(1, len(form.shape)))
+    groups = form.window.groups
+    rows = form.rows.reshape(form.rows.shape[0], groups, form.shape[0] // groups, math.prod(positions))
+    cols = patches(form.image, form.window, positions)
+    return Outer(rows.transpose(2, 3), cols.transpose(2, 3), form.shape, (0,), columns)
+
+
+def in_float64(form: Outer | OneHot | Patched) -> Outer | OneHot | Patched:
     if isinstance(form, OneHot):
         return replace(form, cols_BTd=form.cols_BTd.double())
+    if isinstance(form, Patched):
+        return replace(form, rows=form.rows.double(), image=form.image.double())
     return replace(form, rows_BGTp=form.rows_BGTp.double(), cols_BGTd=form.cols_BGTd.double())
 
 
@@ -79,6 +118,7 @@ def transposed(form: Form, permutation: Dims) -> Form:
     if permutation == tuple(range(len(permutation))):
         return form
     inverse = tuple(sorted(range(len(permutation)), key=permutation.__getitem__))
+    form = written_out(form)
     if isinstance(form, Explicit):
         return Explicit(form.grad.permute(0, *(1 + i for i in inverse)))
     moved = replace(
@@ -92,7 +132,7 @@ def transposed(form: Form, permutation: Dims) -> Form:
     return moved
 
 
-def spans(form: Form) -> tuple[int, Dims, frozenset[Dims]] | None:
+def spans(form: Outer | OneHot | Explicit) -> tuple[int, Dims, frozenset[Dims]] | None:
     """What two factored forms must share to have an inner product without being made explicit."""
     if isinstance(form, Explicit):
         return None
@@ -107,6 +147,8 @@ def explicit(form: Form) -> torch.Tensor:
     """[B, *shape]: the per-sample gradients themselves. 2 B T p d flops for Outer."""
     if isinstance(form, Explicit):
         return form.grad
+    if isinstance(form, Patched):
+        return kernel_gradients(form.rows, form.image, form.window, form.shape)
     if isinstance(form, OneHot):
         batch, length, width = form.cols_BTd.shape
         rows = form.shape[form.row_dims[0]]
@@ -131,9 +173,14 @@ def _to_shape(blocks: torch.Tensor, form: Outer | OneHot, *, batched: bool) -> t
 
 
 def merge(forms: Sequence[Form]) -> list[Form]:
-    """Forms of equal kind concatenated along T: a weight used k times is one use with k times the positions."""
+    """Forms of equal kind concatenated along T: a weight used k times is one use with k times the positions.
+
+    Patches of several uses are written out; those of one use stay as they are.
+    """
+    if len(forms) == 1:
+        return list(forms)
     out: list[Form] = []
-    for group in _alike(forms):
+    for group in _alike(list(map(written_out, forms))):
         first = group[0]
         if len(group) == 1:
             out.append(first)
@@ -163,7 +210,7 @@ def added(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return functools.reduce(operator.add, parts)
 
 
-def _alike(forms: Sequence[Form]) -> list[list]:
+def _alike(forms: Sequence[Outer | OneHot | Explicit]) -> list[list]:
     kinds: dict[object, list] = {}
     for form in forms:
         kinds.setdefault((type(form), spans(form)), []).append(form)
@@ -190,7 +237,12 @@ def weighted_sum(form: Form, weight_B: torch.Tensor, finite_B: torch.Tensor | No
         total = scaled.new_zeros(rows, scaled.shape[-1]).index_add(0, form.index_BT.flatten(), scaled.flatten(0, 1))
         return _to_shape(total, form, batched=False)
     if doubled(form):
-        return weighted_sum(in_float64(form), weight_B, finite_B).to(form.rows_BGTp.dtype)
+        return weighted_sum(in_float64(form), weight_B, finite_B).to(dtype_of(form))
+    if isinstance(form, Patched):
+        if not direct(form):
+            return weighted_sum(written_out(form), weight_B, finite_B)
+        rows, image = _finite(form.rows, finite_B), _finite(form.image, finite_B)
+        return kernel_gradient(_scaled(rows, weight_B), image, form.window, form.shape)
     rows, cols = _finite(form.rows_BGTp, finite_B), _finite(form.cols_BGTd, finite_B)
     if hint(rows.shape[-1]) <= hint(cols.shape[-1]):
         rows = _scaled(rows, weight_B)
@@ -201,6 +253,18 @@ def weighted_sum(form: Form, weight_B: torch.Tensor, finite_B: torch.Tensor | No
     else:
         total = rows.transpose(0, 1).flatten(1, 2).transpose(1, 2) @ cols.transpose(0, 1).flatten(1, 2)
     return _to_shape(total, form, batched=False)
+
+
+def direct(form: Patched) -> bool:
+    """Whether convolution's own backward forms the clipped sum.
+
+    The bound on its rounding is that of a sum of products, in any order: true of the direct algorithms that torch takes
+    on a CPU, but not of those (Winograd, FFT, TF32) that cuDNN may choose. Groups are exact too, but torch's own count
+    of flops takes them for dense ones.
+    """
+    return (
+        form.rows.device.type == "cpu" and form.window.groups == 1 and dtype_of(form) in (torch.float32, torch.float64)
+    )
 
 
 def weighted_sum_kept(grad: torch.Tensor, weight_B: torch.Tensor, finite_B: torch.Tensor | None = None) -> torch.Tensor:

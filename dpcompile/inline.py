@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from dpcompile.rules.batching.base import size_of
+from dpcompile.shapes import size_of
 from dpcompile.torch_internals import fake_mode_of, trace
 
 Memo = dict[Hashable, fx.Graph]

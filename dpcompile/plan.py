@@ -14,11 +14,23 @@ import sympy
 from dpcompile.device import DeviceSpec
 from dpcompile.shapes import B, D, G, P, T, at
 
+ZERO = sympy.Integer(0)
+
 
 class Method(Enum):
     GHOST = "ghost"
     EXPLICIT = "explicit"  # made for the norm, dropped, contracted again for the clipped sum
     KEPT = "kept"  # made for the norm, kept until the clip factors are known: no second contraction
+    SHIFTED = "shifted"  # ghost norm of a convolution, its Gram of patches read off that of the image's positions
+    LOOPED = "looped"  # kept, made by convolution's own backward for one sample after the other
+
+    @property
+    def ghost(self) -> bool:
+        return self in (Method.GHOST, Method.SHIFTED)
+
+    @property
+    def keeps(self) -> bool:
+        return self in (Method.KEPT, Method.LOOPED)
 
 
 @dataclass(frozen=True)
@@ -29,9 +41,10 @@ class Cost:
     bytes: sympy.Expr  # moved
     transient: sympy.Expr  # bytes alive only while the norm is computed
     held: sympy.Expr  # bytes alive from the norm until the clip factors are known
+    calls: sympy.Expr = ZERO  # of ops in a loop over samples
 
     def at(self, sizes: Mapping[sympy.Symbol, int]) -> Cost:
-        return Cost(*(at(e, sizes) for e in (self.flops, self.bytes, self.transient, self.held)))
+        return Cost(*(at(e, sizes) for e in (self.flops, self.bytes, self.transient, self.held, self.calls)))
 
 
 @dataclass(frozen=True)
@@ -52,11 +65,12 @@ class Part:
     op: str
     kind: str  # outer, onehot, explicit, cross
     uses: int
-    sizes: Mapping[sympy.Symbol, int]  # T, d, p, G
+    sizes: Mapping[sympy.Symbol, int]  # T, d, p, G; of a convolution C and U
     plain: Cost
     options: Mapping[Method, Cost]
     products: tuple[Product, ...] = ()  # those that other parts may share
     free: bool = False  # T follows a length that calls may choose, and is that of the sample
+    booked: sympy.Expr = field(default_factory=lambda: sympy.Integer(0))  # bytes of inputs kept from the forward
 
     def size(self, symbol: sympy.Symbol) -> int:
         return self.sizes[symbol]
@@ -155,14 +169,8 @@ class Plan:
 
     def booked_bytes(self) -> sympy.Expr:
         """Bytes of layer inputs that are kept from the forward for parameter gradients, in B: none for biases alone."""
-        booked = sympy.Integer(0)
-        for group in self.costs.groups:
-            for part in group.parts:
-                if part.kind == "outer":
-                    booked += at(B * T * D * G * self.costs.itemsize, part.sizes)
-                elif part.kind == "onehot":
-                    booked += at(B * T * 8, part.sizes)
-        return sympy.expand(booked)
+        parts = [part for group in self.costs.groups for part in group.parts]
+        return sympy.expand(sum((at(part.booked, part.sizes) for part in parts), sympy.Integer(0)))
 
     def __str__(self) -> str:
         from dpcompile.report import plan_text

@@ -31,6 +31,7 @@ def plan_text(plan: Plan) -> str:
         ("uses", any(row.uses > 1 for row in flat)),
         ("G", any(row.size("G") > 1 for row in flat)),
         ("best for T", any(row.span for row in flat)),
+        *((m.value, any(row.option(m) for row in flat)) for m in (Method.SHIFTED, Method.LOOPED)),
     ]
     table = [{k: v for k, v in _cells(row).items() if (k, False) not in optional} for row in flat]
     return "\n".join(
@@ -86,6 +87,8 @@ def symbolic_text(plan: Plan) -> str:
     for part in parts:
         kinds.setdefault((part.kind, part.plain, *part.options.items()), []).append(part)
     lines = ["B samples, T positions, d input features, p output features, G groups; bytes for the sizes of this dtype"]
+    if any(Method.SHIFTED in part.options for part in parts):
+        lines += ["C channels of a group, U positions of the padded image"]
     for alike in kinds.values():
         first = alike[0]
         lines += ["", f"{first.kind}: {len(alike)} of {len(parts)} uses, for example {first.group} ({first.op})"]

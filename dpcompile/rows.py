@@ -106,7 +106,7 @@ def _label(group: GroupCost, part: Part) -> str:
 def _numbers(plan: Plan, part: Part, method: Method | None) -> Numbers:
     cost = (part.plain if method is None else part.options[method]).at({**part.sizes, B: plan.batch_size})
     flops, moved, transient, held = (int(value) for value in (cost.flops, cost.bytes, cost.transient, cost.held))
-    return Numbers(flops, moved, transient, held, plan.device.time_s(flops, moved))
+    return Numbers(flops, moved, transient, held, plan.device.time_s(flops, moved, int(cost.calls)))
 
 
 # ---------------------------------------------------------------- folding

@@ -7,6 +7,7 @@
 | d      | input features of a use (for a convolution C_in / groups * kernel) | d, D                            |
 | p      | output features of a use (per group)                               | p                               |
 | G      | groups: independent blocks of one weight                           | -                               |
+| C, U   | of a convolution: channels of a group, positions of the padded image | -                             |
 | R      | max_grad_norm, the clipping threshold                              | R                               |
 | a, g   | activation (input of a use), gradient of its output                | a, ds/do                        |
 
@@ -24,7 +25,7 @@ import torch
 from dpcompile.ir import Axis, Size
 from dpcompile.torch_internals import symbolic_size
 
-B, T, D, P, G = (sympy.Symbol(letter, integer=True, positive=True) for letter in ("B", "T", "d", "p", "G"))
+B, T, D, P, G, C, U = (sympy.Symbol(letter, integer=True, positive=True) for letter in "BTdpGCU")
 
 
 def at(expression: sympy.Expr, sizes: Mapping[sympy.Symbol, int]) -> sympy.Expr:
@@ -35,6 +36,15 @@ def at(expression: sympy.Expr, sizes: Mapping[sympy.Symbol, int]) -> sympy.Expr:
 def hint(size: Any) -> Any:
     """The number that a size is for the sample: what choices look at. Comparing the size itself would fix it."""
     return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat)) else size
+
+
+def size_of(size: int | torch.SymInt) -> Size:
+    """A size as an int or a sympy expression; comparing SymInts themselves would add guards to the graph."""
+    return size if isinstance(size, int) else plain_size(size.node.expr)
+
+
+def plain_size(expr: sympy.Expr) -> Size:
+    return int(expr) if expr.is_Integer else expr
 
 
 def is_one(size: int | torch.SymInt) -> bool:

@@ -24,7 +24,8 @@ from dpcompile.ir import Input, InputKind, Output, OutputKind, Program
 from dpcompile.lengths import CURE, FREE, Length, asked_range
 from dpcompile.origin import op_name, origin
 from dpcompile.rules.batching import rule_for
-from dpcompile.rules.batching.base import NEW_RULE, size_of
+from dpcompile.rules.batching.base import NEW_RULE
+from dpcompile.shapes import size_of
 from dpcompile.torch_internals import (
     DECOMPOSITIONS,
     ReentrantCheckpointError,

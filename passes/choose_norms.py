@@ -10,7 +10,7 @@ from dpcompile.clipping import Clipping
 from dpcompile.device import DeviceSpec
 from dpcompile.ir import Program, Uses
 from dpcompile.plan import Choice, Costs, GroupCost, Method, Part, Plan, Span
-from dpcompile.shapes import B, D, P, T
+from dpcompile.shapes import B, D, P, T, U
 
 POLICIES = ("auto", "paper", "ghost", "explicit")
 
@@ -68,7 +68,8 @@ def _scaled(part: Part, factor: Fraction) -> Part:
     if not part.free:
         return part
     power = 2 if part.kind == "cross" else 1
-    return replace(part, sizes={**part.sizes, T: max(int(part.size(T) * factor**power), 1)})
+    grown = {symbol: max(int(size * factor**power), 1) for symbol, size in part.sizes.items() if symbol in (T, U)}
+    return replace(part, sizes={**part.sizes, **grown})
 
 
 def _edge(same: Callable[[int], bool], inside: int, end: int) -> int:
@@ -88,17 +89,18 @@ def _choose(group: GroupCost, device: DeviceSpec, policy: str, batch_size: int) 
         return Choice(Method.KEPT, "small: one gradient per sample is kept")
     if any(part.kind == "explicit" for part in group.parts) and Method.KEPT in methods:
         return Choice(Method.KEPT, "uses of two kinds: their sum is kept")
-    if policy == "ghost" and Method.GHOST in methods:
-        return Choice(Method.GHOST, "asked for")
-    if policy == "paper" and Method.GHOST in methods:
+    timed = {m: _time(group, m, device, batch_size) for m in methods}
+    ghost = min((m for m in methods if m.ghost), key=timed.__getitem__, default=None)
+    if policy == "ghost" and ghost is not None:
+        return Choice(ghost, "asked for")
+    if policy == "paper" and ghost is not None:
         space = sum(2 * part.size(T) ** 2 for part in group.parts if part.kind != "cross")
         explicit = max(part.size(P) * part.size(D) for part in group.parts)
         if space < explicit:
-            return Choice(Method.GHOST, f"2T² = {space} < pd = {explicit}")
+            return Choice(ghost, f"2T² = {space} < pd = {explicit}")
         return Choice(Method.EXPLICIT, f"2T² = {space} ≥ pd = {explicit}")
-    allowed = methods if policy == "auto" else tuple(m for m in methods if m is not Method.GHOST)
-    timed = {m: _time(group, m, device, batch_size) for m in allowed}
-    best = min(timed.values())
+    allowed = methods if policy == "auto" else tuple(m for m in methods if not m.ghost)
+    best = min(timed[m] for m in allowed)
     close = [m for m in allowed if timed[m] <= 1.01 * best]
     chosen = min(close, key=lambda m: _memory(group, m, batch_size))
     if len(allowed) == 1:
@@ -112,7 +114,7 @@ def _time(group: GroupCost, method: Method, device: DeviceSpec, batch_size: int)
     total = 0.0
     for part in group.parts:
         cost = part.options[method].at({**part.sizes, B: batch_size})
-        total += device.time_s(float(cost.flops), float(cost.bytes))
+        total += device.time_s(float(cost.flops), float(cost.bytes), float(cost.calls))
     return total
 
 

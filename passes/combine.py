@@ -11,7 +11,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from dpcompile.errors import Finding, refusal
-from dpcompile.forms import Explicit, Form, explicit, merge, transposed
+from dpcompile.forms import Explicit, Form, explicit, merge, transposed, written_out
 from dpcompile.ir import Backward, Chain, Derived, Group, Program, Site, Space, Tracked
 from dpcompile.origin import origin
 from dpcompile.passes.find_sites import call_of
@@ -89,9 +89,10 @@ class GroupReader:
         """Forms of equal kind concatenated; for PARAMETER and VALUE space."""
         return merge([form for _, form in self.forms(tensors)])
 
-    def explicit_sum(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[B, *shape] per-sample gradients of the group's one parameter or value."""
-        parts = merge([Explicit(explicit(form)) for form in self.combined(tensors)])
+    def explicit_sum(self, tensors: Sequence[torch.Tensor], *, looped: bool = False) -> torch.Tensor:
+        """[B, *shape] per-sample gradients of the group's one parameter or value; of a convolution by its backward."""
+        forms = self.combined(tensors)
+        parts = merge([Explicit(explicit(form if looped else written_out(form))) for form in forms])
         assert isinstance(parts[0], Explicit)
         return parts[0].grad
 
@@ -132,7 +133,7 @@ class GroupReader:
         totals: list[torch.Tensor | None] = [None] * len(params)
         for name, forms in by_value.items():
             value = self._values[name]
-            parts = merge([Explicit(explicit(form)) for form in merge(forms)])
+            parts = merge([Explicit(explicit(written_out(form))) for form in merge(forms)])
             assert isinstance(parts[0], Explicit)
             grads = self._through(value, parts[0].grad, params, sources)
             for param, grad in zip(value.params, grads, strict=True):

@@ -19,7 +19,7 @@ from dpcompile.passes.combine import GroupReader
 from dpcompile.plan import Cost, Costs, GroupCost, Method, Part, Product
 from dpcompile.rules import costs as rules
 from dpcompile.rules.batching.base import shape_of
-from dpcompile.shapes import B, D, G, P, T, at
+from dpcompile.shapes import B, C, D, G, P, T, U, at
 from dpcompile.torch_internals import fake_mode_of, sample_sizes, trace
 
 
@@ -49,15 +49,24 @@ def _parts(reader: GroupReader, backward: Backward, e: int) -> list[Part]:
     parts = []
     for alike, work, positions in merged:
         sizes = {T: positions, D: work.d, P: work.p, G: work.G}
+        booked: sympy.Expr = sympy.Integer(0)
         if work.kind == "outer":
             doubled = e == torch.float32.itemsize and crowded(positions, work.p, work.d)
             plain, options = rules.outer(e, positions, doubled=doubled)
+            booked = e * B * G * T * D
+            if work.overlap is not None:
+                booked = e * B * sympy.Integer(work.overlap.image)
+                sizes |= {C: work.overlap.channels, U: work.overlap.pixels}
+                options = rules.patched(options, e)
+                if len(group.sites) == 1 and group.space is not Space.PULLBACK and _as_it_is(group):
+                    options |= rules.overlapping(e, work.overlap.kernel, doubled=doubled)
         elif work.kind == "onehot":
             plain, options = rules.onehot(e)
+            booked = 8 * B * T  # an index for each position
         else:
             plain, options = rules.explicit(e)
         if not ghost and work.kind != "explicit":
-            options = {m: c for m, c in options.items() if m is not Method.GHOST}
+            options = {m: c for m, c in options.items() if not m.ghost}
         if parts or group.space is Space.PULLBACK:
             options = rules.unkept(options, e)
         if group.space is Space.PULLBACK:  # gradients of the parameters are always kept there
@@ -65,7 +74,7 @@ def _parts(reader: GroupReader, backward: Backward, e: int) -> list[Part]:
         shareable = ghost or (work.kind == "explicit" and len(merged) == 1 and group.space is not Space.PULLBACK)
         products = _products(alike, backward, sizes) if shareable else ()
         part = _part(group, alike, work.kind, sizes, plain, options, products)
-        parts.append(replace(part, free=any(_has_length(backward, site) for site in alike)))
+        parts.append(replace(part, booked=booked, free=any(_has_length(backward, site) for site in alike)))
     if ghost and len(merged) == 2:
         (left, work, left_T), (_, _, right_T) = sorted(merged, key=lambda item: item[1].kind)
         plain, options = rules.cross(e, left_T, right_T)
@@ -74,6 +83,12 @@ def _parts(reader: GroupReader, backward: Backward, e: int) -> list[Part]:
     if reader.vmapped:
         parts.append(_counted(reader, parts, e, backward.program.batch))
     return parts
+
+
+def _as_it_is(group: Group) -> bool:
+    """Whether the group's one value has the dimensions of the parameter in their order."""
+    permutation = group.values[0].permutation
+    return len(group.values) == 1 and permutation == tuple(range(len(permutation)))
 
 
 def _has_length(backward: Backward, site: Site) -> bool:
@@ -96,9 +111,14 @@ def _products(sites: Sequence[Site], backward: Backward, sizes: dict[sympy.Symbo
     if sizes[T] == 1:
         return ()
     square = 2 * B * sizes[G] * sizes[T] ** 2
+    products = (Product(Method.GHOST, grads, square * work.p), Product(Method.GHOST, saved, square * work.d))
+    if work.overlap is None:
+        return products
+    pixels = 2 * B * sizes[G] * work.overlap.pixels**2 * work.overlap.channels
     return (
-        Product(Method.GHOST, grads, square * work.p),
-        Product(Method.GHOST, saved, square * work.d),
+        *products,
+        Product(Method.SHIFTED, grads, square * work.p),
+        Product(Method.SHIFTED, (*saved, work.overlap.view), pixels),
     )
 
 

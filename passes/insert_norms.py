@@ -11,7 +11,7 @@ from torch import fx
 
 from dpcompile import records  # registers the op that carries norms out of a compiled backward
 from dpcompile.certified import dropped_norm, ghost_norm, kept_norm, unit
-from dpcompile.forms import added
+from dpcompile.forms import added, written_out
 from dpcompile.inline import inline
 from dpcompile.ir import Draft, Input, InputKind, Program, Space
 from dpcompile.passes.combine import GroupReader
@@ -104,7 +104,7 @@ def _norm_of(graph: fx.Graph, reader: GroupReader, order: Order) -> tuple[fx.Nod
         memo=order.memo,
         key=("norm", method, reader.key),
     )
-    return (None, [made]) if method is Method.KEPT else (made, [])
+    return (None, [made]) if method.keeps else (made, [])
 
 
 def _bound_and_weight(program: Program, groups: int) -> tuple[fx.Node, fx.Node]:
@@ -164,10 +164,12 @@ def _factor(order: Order, group: int, *, stacked: bool):
 
 def _norm(reader: GroupReader, method: Method):
     def norm(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        if method is Method.KEPT:
-            return [reader.explicit_sum(tensors)]
+        if method.keeps:
+            return [reader.explicit_sum(tensors, looped=method is Method.LOOPED)]
         forms = reader.combined(tensors)
-        return [ghost_norm(forms) if method is Method.GHOST else dropped_norm(forms)]  # type: ignore[arg-type]
+        if method is not Method.SHIFTED:
+            forms = list(map(written_out, forms))
+        return [ghost_norm(forms) if method.ghost else dropped_norm(forms)]  # type: ignore[arg-type]
 
     return norm
 

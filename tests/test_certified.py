@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dpcompile import dpcompile
 from dpcompile.certified import dropped_norm, ghost_norm, kept_norm
-from dpcompile.forms import Form, OneHot, Outer, explicit, in_float64, weighted_sum, weighted_sum_kept
+from dpcompile.forms import Form, OneHot, Outer, Patched, explicit, in_float64, weighted_sum, weighted_sum_kept
+from dpcompile.patches import Window
 
 ALLOWED = 1 + 4 * torch.finfo(torch.float32).eps
 """The stated bound, over R."""
@@ -36,7 +37,7 @@ def contribution(form: Form, norm_B: Tensor, *, bound: float, kept: bool = False
     return made.double().norm().item() / bound
 
 
-def ratios(form: Outer | OneHot, bound: float) -> dict[str, float]:
+def ratios(form: Outer | OneHot | Patched, bound: float) -> dict[str, float]:
     """The same by every way of computing the norm."""
     return {
         "ghost": contribution(form, norm_of(ghost_norm([form])), bound=bound),
@@ -134,6 +135,43 @@ def test_no_sequence_contributes_more_than_its_share(
     rows, cols = again(*trick(torch.randn(length, p), torch.randn(length, d)))
     form = Outer(rows.to(dtype)[None, None], cols.to(dtype)[None, None], (p, d), (0,), (1,))
     allowed = ALLOWED if dtype is torch.float32 else 1 + 2 * torch.finfo(dtype).eps  # the sum is written in bfloat16
+    assert max(ratios(form, bound).values()) <= allowed
+
+
+@search
+@given(
+    trick=st.sampled_from(TRICKS),
+    again=st.sampled_from(TRICKS),
+    side=st.sampled_from([2, 3, 8, 16]),
+    kernel=st.sampled_from([1, 2, 3]),
+    stride=st.sampled_from([1, 2]),
+    channels=st.sampled_from([1, 3, 40]),
+    p=st.sampled_from([1, 5, 32]),
+    seed=st.integers(0, 10**6),
+    bound=st.sampled_from([1e-12, 1e-3, 1.0, 1e6]),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
+)
+def test_no_image_contributes_more_than_its_share(
+    trick: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    again: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    side: int,
+    kernel: int,
+    stride: int,
+    channels: int,
+    p: int,
+    seed: int,
+    bound: float,
+    dtype: torch.dtype,
+) -> None:
+    """Patches that are read off an image whose positions were made to deceive."""
+    torch.manual_seed(seed)
+    pixels, rows = again(*trick(torch.randn(side * side, channels), torch.randn(side * side, p)))
+    image, grad = (values.to(dtype)[: side * side].T.reshape(1, -1, side, side) for values in (pixels, rows))
+    window = Window((kernel, kernel), (stride, stride), ((kernel // 2,) * 2,) * 2, (1, 1), 1)
+    count = (side + 2 * (kernel // 2) - kernel) // stride + 1
+    grad = grad.repeat(1, 1, 2, 2)[:, :, :count, :count].contiguous()
+    form = Patched(grad, image.contiguous(), window, (p, channels, kernel, kernel))
+    allowed = ALLOWED if dtype is torch.float32 else 1 + 2 * torch.finfo(dtype).eps
     assert max(ratios(form, bound).values()) <= allowed
 
 

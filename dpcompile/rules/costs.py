@@ -7,16 +7,19 @@ Flops are those of the matrix products in forms.py and equal what torch's FlopCo
     onehot    2 B T^2 d           0 (scatter)     0 (index_add), kept: 2 B p d      2205.10683 section 3
     explicit  -                   0               2 B p
     cross     2 B T_1 T_2 d       0               0                                 ours: tied look-up and head
+    shifted   2 B G (U^2 C + T^2 p)               2 B G T p d                       ours: convolutions (patches.py)
 
 A single use at one position (T = 1) needs no Gram: its norm is the product of two norms.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import sympy
 
 from dpcompile.plan import Cost, Method
-from dpcompile.shapes import B, D, G, P, T
+from dpcompile.shapes import B, C, D, G, P, T, U
 
 ZERO = sympy.Integer(0)
 
@@ -44,6 +47,32 @@ def outer(e: int, positions: int, *, doubled: bool) -> tuple[Cost, dict[Method, 
         Method.KEPT: Cost(contraction + 2 * kept, e * (read + 5 * kept + weights), e * kept, e * kept),
     }
     return plain, options
+
+
+def overlapping(e: int, kernel: tuple[int, ...], *, doubled: bool) -> dict[Method, Cost]:
+    """Of a convolution whose patches are not written out: options beside those of `outer`."""
+    contraction, read = 2 * B * G * T * P * D, B * G * (T * P + U * C)
+    weights, kept = G * P * D, B * G * P * D
+    gram = 2 * B * G * (U**2 * C + T**2 * P)
+    wide = 2 if doubled else 1
+    squares = wide * B * G * ((5 + 2 * sum(kernel)) * T**2 + 2 * U**2)
+    copies = 2 * read if doubled else sympy.Integer(0)
+    booked = e * B * G * T * P
+    return {
+        Method.SHIFTED: Cost(
+            gram + contraction,
+            e * (2 * read + 4 * copies + squares + weights),
+            e * (wide * B * G * (2 * T**2 + 2 * U**2) + copies),
+            booked,
+        ),
+        Method.LOOPED: Cost(contraction + 2 * kept, e * (read + 8 * kept + weights), e * kept, e * kept, B),
+    }
+
+
+def patched(options: dict[Method, Cost], e: int) -> dict[Method, Cost]:
+    """Options of `outer` for which patches are written out: strided copies, at about a third of the bandwidth."""
+    size = e * B * G * T * D
+    return {m: replace(c, bytes=c.bytes + 6 * size, transient=c.transient + size) for m, c in options.items()}
 
 
 def onehot(e: int) -> tuple[Cost, dict[Method, Cost]]:
@@ -74,7 +103,7 @@ def unkept(options: dict[Method, Cost], e: int) -> dict[Method, Cost]:
     """Options of a further part of a group: kept gradients of all parts are one tensor, summed once."""
     kept = B * G * P * D
     return {
-        m: Cost(c.flops - 2 * kept, c.bytes - e * 3 * kept, c.transient, ZERO) if m is Method.KEPT else c
+        m: replace(c, flops=c.flops - 2 * kept, bytes=c.bytes - e * 3 * kept, held=ZERO) if m.keeps else c
         for m, c in options.items()
     }
 

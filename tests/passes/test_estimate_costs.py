@@ -16,7 +16,7 @@ from zoo import Inputs, call
 from dpcompile.shapes import B
 
 IDS = torch.tensor([[0, 1, 2], [5, 3, 4], [4, 4, 1]])
-METHODS = ("auto", "ghost", "forced-explicit", "forced-kept")
+METHODS = ("auto", "ghost", "forced-explicit", "forced-kept", "forced-shifted", "forced-looped")
 
 MODULES: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
     "linear of vectors": (lambda: nn.Linear(4, 5), torch.randn(3, 4)),

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from dpcompile.ir import Axis, Kind, Size, Value
+from dpcompile.shapes import plain_size, size_of
 
 Result = Value | tuple[Value, ...]
 
@@ -76,15 +77,6 @@ class BatchSymbol:
         return [i for i, size in enumerate(shape) if self.multiple(size) != 0]
 
 
-def size_of(size: int | torch.SymInt) -> Size:
-    """A size as an int or a sympy expression; comparing SymInts themselves would add guards to the graph."""
-    return size if isinstance(size, int) else _plain(size.node.expr)
-
-
-def _plain(expr: sympy.Expr) -> Size:
-    return int(expr) if expr.is_Integer else expr
-
-
 def quotient(size: Size, by: Size) -> Size | None:
     """size / by where that is a whole number whatever the lengths are, and positive; else None."""
     if isinstance(size, int) and isinstance(by, int):
@@ -98,12 +90,12 @@ def quotient(size: Size, by: Size) -> Size | None:
 
 def product(sizes: Iterable[Size]) -> Size:
     """As one number or expression; two that are equal for all lengths compare equal."""
-    return _plain(sympy.expand(sympy.prod(sizes)))
+    return plain_size(sympy.expand(sympy.prod(sizes)))
 
 
 def total(sizes: Iterable[Size]) -> Size:
     """As `product`."""
-    return _plain(sympy.expand(sympy.Add(*sizes)))
+    return plain_size(sympy.expand(sympy.Add(*sizes)))
 
 
 def batched(axis: Axis) -> Value:

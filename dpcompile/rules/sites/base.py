@@ -71,6 +71,17 @@ class Tap:
 
 
 @dataclass(frozen=True)
+class Overlap:
+    """Of a convolution whose patches need not be written out."""
+
+    channels: int  # of a group
+    pixels: int  # positions of the padded image
+    image: int  # numbers of a sample's image
+    kernel: tuple[int, ...]
+    view: str  # images that are padded alike have equal ones
+
+
+@dataclass(frozen=True)
 class Work:
     """The size of one use, per sample. `kind` names the form: outer, onehot or explicit."""
 
@@ -80,6 +91,7 @@ class Work:
     p: int  # rows
     G: int = 1
     marker: str = ""  # for a look-up: which row gets no gradient
+    overlap: Overlap | None = None
 
 
 class SiteRule(Protocol):

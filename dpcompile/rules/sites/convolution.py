@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from dpcompile.forms import Explicit, Form, Outer
+from dpcompile.forms import Explicit, Form, Outer, Patched
 from dpcompile.ir import Axis
-from dpcompile.rules.batching.base import size_of
-from dpcompile.rules.sites.base import Call, Tap, Work, call_bound, per_sample_size, tapped
+from dpcompile.patches import Window, patches
+from dpcompile.rules.sites.base import Call, Overlap, Tap, Work, call_bound, per_sample_size, tapped
 from dpcompile.rules.sites.reduce import reduce_to
-from dpcompile.shapes import hint, unfolded
+from dpcompile.shapes import hint, is_one, unfolded
 
 aten = torch.ops.aten
 
@@ -34,22 +33,6 @@ FORWARD = {
 }
 TRANSPOSED = {aten.conv_transpose1d.default: 1, aten.conv_transpose2d.input: 2, aten.conv_transpose3d.input: 3}
 EITHER = aten.convolution.default
-
-
-@dataclass(frozen=True)
-class Window:
-    """How patches are taken: one entry per spatial dimension; padding as (before, after)."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-    @property
-    def trivial(self) -> bool:
-        ones = (1,) * len(self.kernel)
-        return self.kernel == ones and self.stride == ones and all(pad == (0, 0) for pad in self.padding)
 
 
 def transposed(call: Call) -> bool:
@@ -76,30 +59,28 @@ def window_of(call: Call) -> Window:
     return Window(kernel, stride, pads, dilation, call.arguments["groups"])
 
 
-def patches(image: torch.Tensor, window: Window, positions: tuple[int, ...]) -> torch.Tensor:
-    """[N, G, d, T]: for each output position the input values under the kernel, d = C / groups * prod(kernel)."""
-    n, channels = len(window.kernel), image.shape[1]
-    if not window.trivial:
-        if any(pad != (0, 0) for pad in window.padding):
-            image = F.pad(image, [size for pad in reversed(window.padding) for size in pad])
-        for i, (kernel, stride, dilation) in enumerate(zip(window.kernel, window.stride, window.dilation, strict=True)):
-            image = image.unfold(2 + i, dilation * (kernel - 1) + 1, stride)
-            image = image[..., ::dilation] if dilation != 1 else image
-            image = image.narrow(2 + i, 0, positions[i])
-        image = image.permute(0, 1, *range(2 + n, 2 + 2 * n), *range(2, 2 + n))
-    elif [size_of(size) for size in image.shape[2:]] != [size_of(size) for size in positions]:
-        for i, count in enumerate(positions):  # without the places that output_padding adds at the end
-            image = image.narrow(2 + i, 0, count)
-    groups = window.groups
-    depth = channels // groups * math.prod(window.kernel)
-    return image.reshape(image.shape[0], groups, depth, math.prod(positions))
-
-
 def _samples(blocks: torch.Tensor, axis: Axis) -> torch.Tensor:
     """[N, G, size, T] with N = outer * B * inner as [B, G, T', size], folded factors counted as positions."""
     if not axis.folded:
         return blocks.transpose(2, 3)
     return blocks.unflatten(0, unfolded(axis, blocks)).permute(1, 3, 0, 2, 5, 4).flatten(2, 4)
+
+
+def _direct(window: Window, axis: Axis, positions: tuple[int, ...]) -> bool:
+    """Whether the form leaves the patches to the image: there are several, and each sample has an image of its own."""
+    return window.places > 1 and not axis.folded and not is_one(math.prod(positions))
+
+
+def _overlap(call: Call) -> Overlap | None:
+    window, swapped = window_of(call), transposed(call)
+    small, image = (call.meta("input"), call.out) if swapped else (call.out, call.meta("input"))
+    if not _direct(window, call.out_axis, tuple(small.shape[2:])):
+        return None
+    extent = tuple(map(hint, window.extent(tuple(small.shape[2:]))))
+    channels = hint(image.shape[1])
+    numbers = channels * math.prod(map(hint, image.shape[2:]))
+    view = f"{extent} {[before for before, _ in window.padding]} {window.groups}"
+    return Overlap(channels // window.groups, math.prod(extent), numbers, window.kernel, view)
 
 
 class Convolution:
@@ -127,9 +108,12 @@ class Convolution:
         small = call.meta("input") if swapped else call.out
         positions = tuple(small.shape[2:])
         columns = tuple(range(1, len(shape)))
+        direct = _direct(window, axis, positions)
 
         def form(image: torch.Tensor, grad: torch.Tensor) -> Form:
             image, grad = (grad, image) if swapped else (image, grad)
+            if direct:
+                return Patched(grad, image, window, shape)
             rows = grad.reshape(grad.shape[0], window.groups, -1, math.prod(positions))
             cols = patches(image, window, positions)
             return Outer(_samples(rows, axis), _samples(cols, axis), shape, (0,), columns)
@@ -143,4 +127,4 @@ class Convolution:
         if slot == "bias":
             return Work("explicit", positions, 1, shape[0])
         groups = call.arguments["groups"]
-        return Work("outer", positions, math.prod(shape[1:]), shape[0] // groups, groups)
+        return Work("outer", positions, math.prod(shape[1:]), shape[0] // groups, groups, overlap=_overlap(call))

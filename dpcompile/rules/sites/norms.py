@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dpcompile.certified import accurate
 from dpcompile.forms import Explicit, Form
 from dpcompile.rules.sites.base import Call, Tap, Work, per_sample_size, tapped
 from dpcompile.rules.sites.reduce import broadcasts, reduce_to
@@ -75,9 +76,14 @@ class GroupNorm:
             return lambda grad: Explicit(reduce_to(grad, axis, aligned).flatten(1))
 
         def form(x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, grad: torch.Tensor) -> Form:
-            blocks = x.reshape(x.shape[0], groups, math.prod(x.shape[1:]) // groups)
-            normal = ((blocks - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)).reshape(x.shape)
-            return Explicit(reduce_to(normal * grad, axis, aligned).flatten(1))
+            """As torch's own backward has it: sum_t (x_t - mean) rstd g_t = (sum x g - mean sum g) rstd."""
+            places = list(range(2, x.dim()))
+            products, sums = accurate(x) * grad, grad
+            if places:
+                products, sums = products.sum(places), accurate(grad).sum(places)
+            each = shape[0] // groups
+            mean, rstd = (value.repeat_interleave(each, 1) for value in (mean, rstd))
+            return Explicit(reduce_to((products - mean * sums) * rstd, axis, shape))
 
         return form
 

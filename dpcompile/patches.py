@@ -1,0 +1,146 @@
+"""Patches of images, which convolutions are linear maps of: written out, or read off the image where they overlap.
+
+A patch holds k = prod(kernel) values of each channel, so that writing patches out costs k times the image. Two things
+that norms and clipped sums need can do without:
+
+    Gram of patches     S[t,s] = sum_delta K[t + delta, s + delta], K the Gram of the image's own positions
+    gradients of kernels, summed or per sample: what convolution's own backward computes
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from dpcompile.shapes import size_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Window:
+    """How patches are taken: one entry per spatial dimension; padding as (before, after)."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def trivial(self) -> bool:
+        ones = (1,) * len(self.kernel)
+        return self.kernel == ones and self.stride == ones and all(pad == (0, 0) for pad in self.padding)
+
+    @property
+    def places(self) -> int:
+        return math.prod(self.kernel)
+
+    def extent(self, positions: tuple[int, ...]) -> tuple[int, ...]:
+        """Sizes of the padded image that so many patches reach over."""
+        steps = zip(positions, self.stride, self.dilation, self.kernel, strict=True)
+        return tuple((count - 1) * stride + dilation * (k - 1) + 1 for count, stride, dilation, k in steps)
+
+
+def padded(image: torch.Tensor, window: Window, positions: tuple[int, ...]) -> torch.Tensor:
+    """The image as far as its patches reach: with zeros around it, without what no patch reads."""
+    if any(pad != (0, 0) for pad in window.padding):
+        image = F.pad(image, [size for pad in reversed(window.padding) for size in pad])
+    for i, extent in enumerate(window.extent(positions)):
+        if size_of(image.shape[2 + i]) != size_of(extent):
+            image = image.narrow(2 + i, 0, extent)
+    return image
+
+
+def patches(image: torch.Tensor, window: Window, positions: tuple[int, ...]) -> torch.Tensor:
+    """[N, G, d, T]: for each output position the input values under the kernel, d = C / groups * prod(kernel)."""
+    n, channels, groups = len(window.kernel), image.shape[1], window.groups
+    image = padded(image, window, positions)
+    if window.kernel != (1,) * n or window.stride != (1,) * n:
+        for i, (kernel, stride, dilation) in enumerate(zip(window.kernel, window.stride, window.dilation, strict=True)):
+            image = image.unfold(2 + i, dilation * (kernel - 1) + 1, stride)
+            image = image[..., ::dilation] if dilation != 1 else image
+        image = image.permute(0, 1, *range(2 + n, 2 + 2 * n), *range(2, 2 + n))
+    return image.reshape(image.shape[0], groups, channels // groups * window.places, math.prod(positions))
+
+
+def overlapped(gram: torch.Tensor, window: Window, positions: tuple[int, ...]) -> torch.Tensor:
+    """[N, T, T] Gram of patches from that of the padded image's own positions, [N, U, U].
+
+    Offsets of one dimension are added up after the other: sum(kernel) terms for an element, and not prod(kernel).
+    """
+    total = gram.unflatten(2, window.extent(positions)).unflatten(1, window.extent(positions))
+    n = len(positions)
+    for i, (kernel, stride, dilation) in enumerate(zip(window.kernel, window.stride, window.dilation, strict=True)):
+        places = [slice(k * dilation, k * dilation + (positions[i] - 1) * stride + 1, stride) for k in range(kernel)]
+        everything: list[slice] = [slice(None)] * (1 + 2 * n)
+        parts = []
+        for place in places:
+            at = list(everything)
+            at[1 + i] = at[1 + n + i] = place
+            parts.append(total[tuple(at)])
+        total = functools.reduce(operator.add, parts)
+    return total.flatten(1 + n).flatten(1, n)
+
+
+def kernel_gradient(rows: torch.Tensor, image: torch.Tensor, window: Window, shape: tuple[int, ...]) -> torch.Tensor:
+    """The gradient of a kernel, summed over the batch, as plain training computes it."""
+    image, padding = _evenly_padded(image, window, tuple(rows.shape[2:]))
+    return _backward(rows, image, shape, window, padding)
+
+
+def kernel_gradients(rows: torch.Tensor, image: torch.Tensor, window: Window, shape: tuple[int, ...]) -> torch.Tensor:
+    """[B, *shape] the same for each sample, one after the other."""
+    image, padding = _evenly_padded(image, window, tuple(rows.shape[2:]))
+    return _each(rows, image, list(shape), window.stride, padding, window.dilation, window.groups)
+
+
+def _evenly_padded(image: torch.Tensor, window: Window, positions: tuple[int, ...]) -> tuple[torch.Tensor, list[int]]:
+    """An image and the padding, the same on both sides, with which a convolution has just these positions."""
+    before = [pad for pad, _ in window.padding]
+    spans = zip(image.shape[2:], before, window.dilation, window.kernel, window.stride, strict=True)
+    found = [(size + 2 * pad - dilation * (k - 1) - 1) // stride + 1 for size, pad, dilation, k, stride in spans]
+    if [size_of(count) for count in found] == [size_of(count) for count in positions]:
+        return image, before
+    return padded(image, window, positions), [0] * len(positions)
+
+
+def _backward(rows: torch.Tensor, image: torch.Tensor, shape: Sequence[int], window: Any, padding: list[int]) -> Any:
+    weight = image.new_empty(shape)  # its values are not read
+    sizes = (list(window.stride), padding, list(window.dilation), False, [0] * len(padding), window.groups)
+    return aten.convolution_backward(rows, image, weight, None, *sizes, [False, True, False])[1]
+
+
+@torch.library.custom_op("dpcompile::kernel_gradients", mutates_args=())
+def _each(
+    rows: torch.Tensor,
+    image: torch.Tensor,
+    shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    window = Window(tuple(shape[2:]), tuple(stride), tuple((pad, pad) for pad in padding), tuple(dilation), groups)
+    found = rows.new_empty([rows.shape[0], *shape])
+    for i in range(rows.shape[0]):
+        found[i] = _backward(rows[i : i + 1], image[i : i + 1], shape, window, padding)
+    return found
+
+
+@_each.register_fake
+def _(rows: torch.Tensor, image: torch.Tensor, shape: list[int], *_: Any) -> torch.Tensor:
+    return rows.new_empty([rows.shape[0], *shape])
+
+
+@register_flop_formula(torch.ops.dpcompile.kernel_gradients)
+def _flops(rows_shape: Sequence[int], image_shape: Sequence[int], shape: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(rows_shape) * math.prod(shape[1:])
