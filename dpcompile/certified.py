@@ -39,6 +39,7 @@ from dpcompile.forms import (
     swapped,
     written_out,
 )
+from dpcompile.joined import joined
 from dpcompile.patches import overlapped, padded
 from dpcompile.shapes import hint, is_one
 
@@ -141,7 +142,7 @@ def kept_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
     small = [flat(grad) for grad in grads if hint(flat(grad).shape[1]) <= LONG]
     large = [flat(grad) for grad in grads if hint(flat(grad).shape[1]) > LONG]
     if len(small) > 1:
-        small = [torch.cat(small, dim=1)]
+        small = [joined(small, 1)]
     square = added([sq_norm(values) for values in (*small, *large)])
     return torch.stack([square, torch.zeros_like(square)])
 

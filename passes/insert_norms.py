@@ -14,6 +14,7 @@ from dpcompile.certified import dropped_norm, ghost_norm, kept_norm, unit
 from dpcompile.forms import added, written_out
 from dpcompile.inline import inline
 from dpcompile.ir import Draft, Input, InputKind, Program, Space
+from dpcompile.joined import joined
 from dpcompile.passes.combine import GroupReader
 from dpcompile.passes.rewrite import Order
 from dpcompile.plan import Method
@@ -144,7 +145,9 @@ def _stack(alive: Sequence[int], count: int):
     def stack(*norms: torch.Tensor) -> list[torch.Tensor]:
         given = dict(zip(alive, norms, strict=True))
         zero = torch.zeros_like(norms[0])
-        return [torch.stack([given.get(i, zero) for i in range(count)])]
+        if count == 1:
+            return [norms[0].unsqueeze(0)]
+        return [joined([given.get(i, zero).unsqueeze(0) for i in range(count)], 0)]
 
     return stack
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from layers import EVERY_FORM, check_module
 from torch import Tensor, nn
 
+from dpcompile import dpcompile
 from dpcompile.rules.sites import RULES
 
 T, D, V = 3, 4, 6
@@ -78,3 +79,34 @@ def test_every_rule_under_inductor(method: str) -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
     check_module(Everything(), sample(), batch_sizes=(3,), methods=(method,), backend="inductor")
+
+
+class OfOneChannel(nn.Module):
+    """A bias of one number, used twice, beside other small gradients: with one sample all their sizes are alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm((2, 4), eps=0.1)
+        self.up = nn.ConvTranspose2d(1, 2, (2, 1), (1, 2), (1, 1), (1, 0), bias=False, dilation=(2, 2))
+        self.twice = nn.Conv1d(1, 1, 3, padding=1)
+
+    def forward(self, image: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.up(self.norm(image)), self.twice(self.twice(x).tanh())
+
+
+@NEEDS_COMPILER
+def test_no_gradient_takes_the_memory_of_another() -> None:
+    """Inductor lets the inputs of a concatenation share memory with its result (dpcompile/joined.py)."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    module = OfOneChannel()
+    dp_model = dpcompile(module, (torch.randn(3, 1, 2, 4), torch.randn(3, 1, 3)), clip_groups=("[nu]*", "twice.*"))
+    compiled = torch.compile(dp_model, fullgraph=True)
+    for batch_size in (3, 1):
+        inputs = torch.randn(batch_size, 1, 2, 4), torch.randn(batch_size, 1, 3)
+        found = []
+        for run in (dp_model, compiled):
+            module.zero_grad()
+            sum(out.square().flatten(1).sum(1).mean() for out in run(*inputs)).backward()
+            found.append([p.grad.clone() for p in module.parameters()])
+        torch.testing.assert_close(*found)
