@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from dpcompile import joined, patches
 from dpcompile.finite import finite_rows
 from dpcompile.ir import InputKind, OutputKind, Program
 
@@ -25,10 +26,11 @@ _KEEP_ZERO = {
     aten._to_copy, aten.neg, aten.sum, aten.mean, aten.unsqueeze, aten.squeeze, aten.slice, aten.select, aten.div,
     aten.split, aten.split_with_sizes, aten.unbind, aten.sqrt, aten.unfold, aten.flip, aten.roll, aten.repeat,
     aten.index_select, aten.gather, aten.diagonal, aten.movedim, aten.abs, aten.zeros_like, aten.linalg_vector_norm,
-    aten.square,
+    aten.square, aten.constant_pad_nd,
 }  # fmt: skip
 # Zero where any argument is.
-_PRODUCTS = {aten.mul, aten.mm, aten.bmm, aten.matmul}
+_PRODUCTS = {aten.mul, aten.mm, aten.bmm, aten.matmul, patches.OP.overloadpacket}
+_JOINS = (aten.cat, joined.OP.overloadpacket)
 
 UNDERFLOW = 1e-10
 """More than certified.py adds to sizes in case products underflow. Nothing is hidden in a gradient that is zero."""
@@ -83,11 +85,13 @@ def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
         return True
     if node.target is finite_rows:
         return first in zeros
+    if packet is aten.convolution_backward and node.args[-1] == [False, True, False]:  # of the kernel: a product
+        return first in zeros or node.args[1] in zeros
     if packet is aten.add and isinstance(node.args[1], float):
         return first in zeros and 0 <= node.args[1] < UNDERFLOW
     if packet in (aten.add, aten.sub):
         return first in zeros and node.args[1] in zeros
-    if packet in (aten.cat, aten.stack):
+    if packet in (*_JOINS, aten.stack):
         return all(item in zeros for item in first)
     if packet is aten.pow:
         exponent = node.args[1]
@@ -100,7 +104,7 @@ def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
 
 def _beside_zeros(node: fx.Node, zeros: set[fx.Node]) -> bool:
     """Whether zeros that a node puts beside other values could be written down in their place."""
-    if getattr(node.target, "overloadpacket", None) is not aten.cat:
+    if getattr(node.target, "overloadpacket", None) not in _JOINS:
         return False
     items: Any = node.args[0]
     other = next(item for item in items if item not in zeros)

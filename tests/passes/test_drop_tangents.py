@@ -29,22 +29,39 @@ class TwoHeads(nn.Module):
         return self.first(h), self.second(h), h
 
 
+class TwoMaps(nn.Module):
+    """The same of convolutions, one of them transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(2, 4, 3, padding=1)
+        self.first = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.Tanh(), nn.Conv2d(4, 3, 2))
+        self.second = nn.Sequential(nn.ConvTranspose2d(4, 2, 3, padding=1), nn.GELU(), nn.Conv2d(2, 2, 2, stride=2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = self.body(x).relu()
+        return self.first(h), self.second(h), h
+
+
 def grads(model: nn.Module) -> dict[str, Tensor | None]:
     return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("method", ["ghost", "explicit"])
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2), (0, 1, 2)], ids=str)
-def test_gradients_are_those_of_zeros_for_the_outputs_left_out(used: tuple[int, ...], method: str) -> None:
+@pytest.mark.parametrize(("kind", "shape"), [(TwoHeads, (5, 3, 4)), (TwoMaps, (5, 2, 4, 4))], ids=str)
+def test_gradients_are_those_of_zeros_for_the_outputs_left_out(
+    kind: type[nn.Module], shape: tuple[int, ...], used: tuple[int, ...], method: str
+) -> None:
     torch.manual_seed(0)
-    model = TwoHeads()
-    x = torch.randn(5, 3, 4)
+    model = kind()
+    x = torch.randn(shape)
     dp_model = dpcompile(model, x, max_grad_norm=0.5, norm_method=method)
 
     def step(outputs: tuple[int, ...], weight: float) -> tuple[dict[str, Tensor | None], Tensor]:
         model.zero_grad()
         out = dp_model(x)
-        loss = sum((out[i].square().sum((1, 2)).mean() for i in used), torch.zeros(()))
+        loss = sum((out[i].square().flatten(1).sum(1).mean() for i in used), torch.zeros(()))
         (loss + weight * sum((out[i].sum() for i in outputs), torch.zeros(()))).backward()
         return grads(model), dp_model.per_sample_norms
 
