@@ -29,9 +29,7 @@ TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3
 )
 def test_conv2d_of_any_window(size: int, **options: Any) -> None:
     module = nn.Conv2d(2, 4, options.pop("kernel"), **options)
-    found = check_module(
-        module, torch.randn(3, 2, size, size + 1), batch_sizes=(3, 0), methods=("ghost", "explicit", *UNWRITTEN)
-    )
+    found = check_module(module, torch.randn(3, 2, size, size + 1), batch_sizes=(3, 0), methods=("ghost", "explicit"))
     assert set(found.rules.values()) == {"convolution"}
 
 
@@ -73,7 +71,7 @@ def test_depthwise_then_pointwise() -> None:
 )
 def test_conv_transpose2d_of_any_window(**options: Any) -> None:
     module = nn.ConvTranspose2d(2, 4, options.pop("kernel"), **options)
-    found = check_module(module, torch.randn(3, 2, 3, 4), batch_sizes=(3, 0), methods=("ghost", "explicit", *UNWRITTEN))
+    found = check_module(module, torch.randn(3, 2, 3, 4), batch_sizes=(3, 0), methods=("ghost", "explicit"))
     assert set(found.rules.values()) == {"convolution"}
 
 
