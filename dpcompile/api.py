@@ -27,6 +27,7 @@ from dpcompile.passes.combine import GroupReader
 from dpcompile.passes.drop_tangents import drop_tangents
 from dpcompile.passes.estimate_costs import estimate_costs
 from dpcompile.passes.find_sites import find_sites
+from dpcompile.passes.follow_memory import follow_memory
 from dpcompile.passes.insert_norms import insert_norms
 from dpcompile.passes.normalise import normalise
 from dpcompile.passes.penalty import penalty
@@ -39,6 +40,7 @@ from dpcompile.passes.trace_backward import loss_scale, trace_backward
 from dpcompile.passes.track_batch import track_batch
 from dpcompile.plan import Plan
 from dpcompile.runtime import NONFINITE, DPModule
+from dpcompile.units import bytes_of
 from dpcompile.validate import check_norms
 from dpcompile.verify import verify
 
@@ -67,6 +69,7 @@ def dpcompile(
     clip_groups: str | Sequence[str] | Mapping[str, float | None] = "flat",
     views: int = 1,
     nonfinite: str = "zero",
+    memory_budget: float | str | None = None,
     validate: str = "probe",
 ) -> DPModule:
     """A module with the model's parameters, call and outputs, whose backward leaves clipped gradients.
@@ -100,6 +103,9 @@ def dpcompile(
             with B K rows, `per_sample_norms` is [B].
         nonfinite: a sample whose gradient is NaN or infinite adds nothing to the sum and is counted in
             `nonfinite_samples` ("zero", which keeps the sensitivity), or stops the backward ("raise").
+        memory_budget: most bytes that a step may need at its peak, above what is there between steps, as the plan
+            predicts it: a factor of plain training's peak if below 100, else bytes, or a text such as "24GB". The
+            fastest norm methods within it are chosen. None: 1.1, or what the least plan needs if that is more.
         validate: "probe" runs the emitted graph on two samples like the first of `sample_input` and compares their
             norms with autograd on each alone; "off" does not.
 
@@ -107,6 +113,7 @@ def dpcompile(
         BatchMixingError: samples influence each other; every place is named.
         NoRuleError: an op is not known to be per-sample.
         CaptureError: torch.export cannot capture the model, or the sample does not fit it.
+        DPCompileError: no plan fits the memory budget; says what would.
         InvalidGraphError: the probe found norms that disagree; a bug of dpcompile.
         ValueError: an argument out of its range.
     """
@@ -115,6 +122,7 @@ def dpcompile(
         raise ValueError(f"Expected validate={validate!r} to be one of {', '.join(VALIDATE)}.")
     if nonfinite not in NONFINITE:
         raise ValueError(f"Expected nonfinite={nonfinite!r} to be one of {', '.join(NONFINITE)}.")
+    budget = _budget(memory_budget, norm_method)
     _check_parameters(model)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     clip = clipping_of(trainable, max_grad_norm, clipping, clip_groups)
@@ -128,7 +136,7 @@ def dpcompile(
         loss_reduction=loss_reduction,
         views=views,
     ).conclude()
-    plan = analysis.plan(norm_method, clipping=clip)
+    plan = analysis.plan(norm_method, clipping=clip, memory_budget=budget)
     dp_model = DPModule(model, analysis.emit(plan, clip, mean=loss_reduction == "mean"), nonfinite)
     if validate == "probe":
         bare = partial(analysis.without_bounds, plan, clip, mean=loss_reduction == "mean")
@@ -157,8 +165,10 @@ class Analysis:
         device: DeviceSpec | None = None,
         batch_size: int | None = None,
         clipping: Clipping | None = None,
+        memory_budget: float | None = None,
     ) -> Plan:
-        costs = estimate_costs(self.backward, self._readers(self.backward))
+        readers = self._readers(self.backward)
+        costs = estimate_costs(self.backward, readers)
         plan = choose_norms(
             self.program,
             self.uses,
@@ -167,6 +177,8 @@ class Analysis:
             policy=policy,
             batch_size=batch_size or max(self.call.batch_size, 1),
             clipping=clipping,
+            schedule=follow_memory(self.backward, readers, costs, clipping),
+            budget=memory_budget,
         )
         sizes = (size.node.hint for size in self.program.lengths)
         lengths = dict(zip((length.name for length in self.call.lengths), sizes, strict=True))
@@ -297,6 +309,18 @@ def _check_arguments(
         raise ValueError(f"Expected views={views!r} to be a whole number >= 1.")
     if (loss_fn is None) != (sample_targets is None):
         raise ValueError("Give loss_fn and sample_targets together: the fused form needs both.")
+
+
+def _budget(memory_budget: float | str | None, norm_method: str) -> float | None:
+    """Bytes, or a factor."""
+    if memory_budget is None:
+        return None
+    if norm_method != "auto":
+        raise ValueError(f"memory_budget chooses among norm methods: it needs norm_method='auto', not {norm_method!r}.")
+    budget = bytes_of(memory_budget) if isinstance(memory_budget, str) else memory_budget
+    if not isinstance(budget, (int, float)) or not budget > 0:
+        raise ValueError(f"Expected memory_budget={memory_budget!r} > 0: bytes, a factor below 100, or '24GB'.")
+    return budget
 
 
 def _check_parameters(model: nn.Module) -> None:

@@ -16,7 +16,6 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dpcompile.api import Proof, prove
 from dpcompile.calls import bind_sample
@@ -88,9 +87,7 @@ def report(
     """Print what private training of a model costs, and what would be chosen for every use of a parameter."""
     with _told():
         loaded = load_target(target, inputs or (), batch=batch, seq=seq, settings=settings or ())
-        # Written out as matrix products, attention is counted on both sides: torch counts no flops of the CPU's kernel.
-        with sdpa_kernel(SDPBackend.MATH):
-            analysis = _proven(loaded, dynamic or ()).conclude()
+        analysis = _proven(loaded, dynamic or ()).conclude()
         plan = analysis.plan(policy.value, device=spec_for(torch.device(device.value)), batch_size=batch)
         if file is not None:
             _write(file, json.dumps(plan_dict(plan), indent=1) + "\n")

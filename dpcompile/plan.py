@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from fractions import Fraction
@@ -12,7 +13,7 @@ from typing import Any
 import sympy
 
 from dpcompile.device import DeviceSpec
-from dpcompile.shapes import B, D, G, P, T, at
+from dpcompile.shapes import B, C, D, G, P, T, U, at
 
 ZERO = sympy.Integer(0)
 
@@ -45,6 +46,30 @@ class Cost:
 
     def at(self, sizes: Mapping[sympy.Symbol, int]) -> Cost:
         return Cost(*(at(e, sizes) for e in (self.flops, self.bytes, self.transient, self.held, self.calls)))
+
+    def numbers(self, sizes: Mapping[sympy.Symbol, int]) -> Numbers:
+        """The same as numbers, for choices that look at many of them."""
+        return Numbers(*map(float, _function(self)(*(sizes.get(letter, 0) for letter in LETTERS))))
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A Cost at given sizes."""
+
+    flops: float
+    bytes: float
+    transient: float
+    held: float
+    calls: float
+
+
+LETTERS = (B, T, D, P, G, C, U)
+
+
+@functools.lru_cache(maxsize=1024)
+def _function(cost: Cost) -> Callable[..., list[Any]]:
+    terms = [cost.flops, cost.bytes, cost.transient, cost.held, cost.calls]
+    return sympy.lambdify(LETTERS, terms, modules="math")
 
 
 @dataclass(frozen=True)
@@ -115,6 +140,16 @@ class Costs:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Peak memory of one step above the level between steps, in bytes at the plan's batch size, as predicted."""
+
+    plain: float  # of plain training
+    peak: float
+    budget: float
+    exact: bool = True  # no plan within the budget is faster, by the times that were given
+
+
+@dataclass(frozen=True)
 class Plan:
     """The decisions. `print(plan)` shows one row for each use of a parameter, and totals against plain training."""
 
@@ -125,6 +160,7 @@ class Plan:
     choices: Mapping[str, Choice]  # by group name
     unused: tuple[str, ...] = ()
     clip_groups: tuple[tuple[str, ...], ...] = ()  # groups of uses that are clipped by one norm; empty: all by one
+    memory: Memory | None = None
     checkpointed: int = 0  # regions of torch.utils.checkpoint in the model
     lengths: Mapping[str, int] = field(default_factory=dict)  # free lengths by name, with the sample's sizes
 

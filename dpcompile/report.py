@@ -12,6 +12,7 @@ from dpcompile.flips import PAPER, paper_flip, symbolic_time_flip, turns
 from dpcompile.plan import Cost, Method, Part, Plan
 from dpcompile.rows import Row, folded, rows_of
 from dpcompile.shapes import B, D, P
+from dpcompile.units import human
 
 WIDTH = 140
 PLACES = " +|"  # where a row stands among the uses of one weight: rows.Row.place
@@ -72,6 +73,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
             "held_bytes": _at(plan.held_bytes(), plan),
             "largest_transient_bytes": max((row.chosen.transient_bytes for row in rows), default=0),
         },
+        "memory": None if plan.memory is None else vars(plan.memory),
         "symbolic": {"flops": str(plan.flops()), "plain_flops": str(plan.plain_flops())},
         "flip": {"paper": f"T < {paper_flip()}"},
         "unused": list(plan.unused),
@@ -200,6 +202,9 @@ def _totals(plan: Plan, rows: Sequence[Row]) -> list[str]:
         ("held until the clip factors", human(0, "B"), human(held, "B"), ""),
         ("alive during one norm, at most", human(0, "B"), human(transient, "B"), ""),
     ]
+    if plan.memory is not None:
+        plain, peak = plan.memory.plain, plan.memory.peak
+        totals.append(("peak memory of a step", human(plain, "B"), human(peak, "B"), _ratio(peak, plain)))
     head = ("one step", "plain", "private", "ratio")
     table = _table([dict(zip(head, line, strict=True)) for line in totals], left={"one step"})
     chosen = ", ".join(f"{count} {method.value}" for count, method in zip(counts, Method, strict=True) if count)
@@ -244,20 +249,6 @@ def _ratio(value: float, base: float) -> str:
 
 
 # ---------------------------------------------------------------- text
-
-
-_PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0), ("m", 1e-3), ("u", 1e-6), ("n", 1e-9))
-
-
-def human(value: float, unit: str = "") -> str:
-    """Three digits and a decimal prefix: 1.23M, 45.6ms, 789B. Seconds have no prefix above one."""
-    if value == 0:
-        return f"0{unit}"
-    fitting = [(prefix, scale) for prefix, scale in _PREFIXES if unit != "s" or scale <= 1]
-    prefix, scale = next(((p, s) for p, s in fitting if value >= 0.9995 * s), fitting[-1])
-    number = value / scale
-    whole = number >= 99.95 or (unit != "s" and not prefix)
-    return f"{number:.{0 if whole else 1 if number >= 9.995 else 2}f}{prefix}{unit}"
 
 
 def shorten(text: str, width: int) -> str:

@@ -1,16 +1,20 @@
-"""choose-norms: one method for every group of uses, by a stated policy."""
+"""choose-norms: one method for every group of uses, by a stated policy and within a memory budget."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
 
+from dpcompile.budget import Fitted, Schedule
 from dpcompile.clipping import Clipping
 from dpcompile.device import DeviceSpec
+from dpcompile.errors import DPCompileError
 from dpcompile.ir import Program, Uses
-from dpcompile.plan import Choice, Costs, GroupCost, Method, Part, Plan, Span
+from dpcompile.plan import Choice, Costs, GroupCost, Memory, Method, Part, Plan, Span
 from dpcompile.shapes import B, D, P, T, U
+from dpcompile.units import human
 
 POLICIES = ("auto", "paper", "ghost", "explicit")
 
@@ -24,12 +28,19 @@ def choose_norms(
     policy: str,
     batch_size: int,
     clipping: Clipping | None = None,
+    schedule: Schedule | None = None,
+    budget: float | None = None,
 ) -> Plan:
     """The plan. Policies:
 
-    - "auto": least time by the device's rates; memory breaks ties within 1 %.
+    - "auto": least time by the device's rates, within the memory budget; memory breaks ties within 1 %.
     - "paper": ghost where 2 T^2 < p d, else explicit (mixed ghost clipping, arXiv:2205.10683 eq. 4.2).
     - "ghost", "explicit": that one wherever it exists.
+
+    `budget` is in bytes, or a factor of plain training's peak if below 100; None: see `LOOSE`.
+
+    Raises:
+        DPCompileError: no plan fits a budget that was asked for; says what would.
     """
     choices = {group.name: _with_span(group, device, policy, batch_size) for group in costs.groups}
     targets = {i.node: i.target for i in program.inputs}
@@ -41,7 +52,62 @@ def choose_norms(
             for index in sorted({clipping.group_of(targets[p]) for p in group.params}):
                 together.setdefault(index, []).append(group.name)
     clip_groups = tuple(tuple(names) for names in together.values())
-    return Plan(policy, device, batch_size, costs, choices, tuple(dict.fromkeys(unused)), clip_groups)
+    memory = None
+    if schedule is not None:
+        times = {group.name: _times(group, device, policy, batch_size) for group in costs.groups}
+        choices, memory = _within(schedule, choices, times, policy, batch_size, budget)
+    return Plan(policy, device, batch_size, costs, choices, tuple(dict.fromkeys(unused)), clip_groups, memory)
+
+
+LOOSE = 1.1
+"""Of plain training's peak: the budget where none is asked for. Where no plan fits, the least that one needs, with
+`SPARE` on top; and never less than `SMALL` bytes."""
+SPARE, SMALL = 1.02, 16e6
+FACTOR_BELOW = 100.0
+
+
+def _within(
+    schedule: Schedule,
+    choices: Mapping[str, Choice],
+    times: Mapping[str, Mapping[Method, float]],
+    policy: str,
+    batch_size: int,
+    budget: float | None,
+) -> tuple[dict[str, Choice], Memory]:
+    """The choices as they are if they fit; else the fastest that do."""
+    plain = schedule.plain().peak(batch_size)
+    asked = max(LOOSE * plain, SMALL) if budget is None else budget * plain if budget < FACTOR_BELOW else budget
+    peak = schedule.peak({name: choice.method for name, choice in choices.items()}, batch_size)
+    if peak <= asked or policy != "auto":
+        return dict(choices), Memory(plain, peak, asked if policy == "auto" else math.inf)
+    found = schedule.fit(times, batch_size, asked)
+    if not found.methods:
+        least = schedule.least(times, batch_size)
+        if budget is not None:
+            raise DPCompileError(
+                f"choose-norms: no plan fits a memory budget of {human(asked, 'B')}: the least needs "
+                f"{human(least.peak, 'B')} at batch size {batch_size}, {least.peak / plain:.2f} of plain training "
+                f"({human(plain, 'B')}). Raise memory_budget, or make the (physical) batch smaller."
+            )
+        asked = SPARE * least.peak
+        found = schedule.fit(times, batch_size, asked)
+        found = found if found.methods else least
+    return _fitted(found, choices, times), Memory(plain, found.peak, asked, found.proven)
+
+
+def _fitted(
+    found: Fitted, choices: Mapping[str, Choice], times: Mapping[str, Mapping[Method, float]]
+) -> dict[str, Choice]:
+    made: dict[str, Choice] = {}
+    for name, choice in choices.items():
+        method = found.methods[name]
+        if method is choice.method:
+            made[name] = choice
+            continue
+        best = times[name][choice.method]
+        by = f"{times[name][method] / best:.2f} of" if best else "in place of"
+        made[name] = Choice(method, f"memory budget ({by} {choice.method.value})")
+    return made
 
 
 LONGEST = 2**20
@@ -84,13 +150,12 @@ def _edge(same: Callable[[int], bool], inside: int, end: int) -> int:
 
 
 def _choose(group: GroupCost, device: DeviceSpec, policy: str, batch_size: int) -> Choice:
-    methods = group.methods
     if all(part.kind == "explicit" for part in group.parts):
         return Choice(Method.KEPT, "small: one gradient per sample is kept")
-    if any(part.kind == "explicit" for part in group.parts) and Method.KEPT in methods:
+    if any(part.kind == "explicit" for part in group.parts) and Method.KEPT in group.methods:
         return Choice(Method.KEPT, "uses of two kinds: their sum is kept")
-    timed = {m: _time(group, m, device, batch_size) for m in methods}
-    ghost = min((m for m in methods if m.ghost), key=timed.__getitem__, default=None)
+    timed = {m: _time(group, m, device, batch_size) for m in group.methods}
+    ghost = min((m for m in timed if m.ghost), key=timed.__getitem__, default=None)
     if policy == "ghost" and ghost is not None:
         return Choice(ghost, "asked for")
     if policy == "paper" and ghost is not None:
@@ -99,7 +164,7 @@ def _choose(group: GroupCost, device: DeviceSpec, policy: str, batch_size: int) 
         if space < explicit:
             return Choice(ghost, f"2T² = {space} < pd = {explicit}")
         return Choice(Method.EXPLICIT, f"2T² = {space} ≥ pd = {explicit}")
-    allowed = methods if policy == "auto" else tuple(m for m in methods if not m.ghost)
+    allowed = [m for m in timed if policy == "auto" or not m.ghost]
     best = min(timed[m] for m in allowed)
     close = [m for m in allowed if timed[m] <= 1.01 * best]
     chosen = min(close, key=lambda m: _memory(group, m, batch_size))
@@ -110,17 +175,19 @@ def _choose(group: GroupCost, device: DeviceSpec, policy: str, batch_size: int) 
     return Choice(chosen, f"{why} (1.00; {others})")
 
 
+def _times(group: GroupCost, device: DeviceSpec, policy: str, batch_size: int) -> dict[Method, float]:
+    """Seconds of the methods among which a budget may choose: those of "auto" where two or more are there."""
+    chosen = _choose(group, device, policy, batch_size).method
+    if policy != "auto" or any(part.kind == "explicit" for part in group.parts):
+        return {chosen: _time(group, chosen, device, batch_size)}
+    return {method: _time(group, method, device, batch_size) for method in group.methods}
+
+
 def _time(group: GroupCost, method: Method, device: DeviceSpec, batch_size: int) -> float:
-    total = 0.0
-    for part in group.parts:
-        cost = part.options[method].at({**part.sizes, B: batch_size})
-        total += device.time_s(float(cost.flops), float(cost.bytes), float(cost.calls))
-    return total
+    costs = [part.options[method].numbers({**part.sizes, B: batch_size}) for part in group.parts]
+    return sum(device.time_s(cost.flops, cost.bytes, cost.calls) for cost in costs)
 
 
 def _memory(group: GroupCost, method: Method, batch_size: int) -> float:
-    total = 0.0
-    for part in group.parts:
-        cost = part.options[method].at({**part.sizes, B: batch_size})
-        total += float(cost.held) + float(cost.transient)
-    return total
+    costs = [part.options[method].numbers({**part.sizes, B: batch_size}) for part in group.parts]
+    return sum(cost.held + cost.transient for cost in costs)

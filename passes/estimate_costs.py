@@ -9,10 +9,9 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.fx.node import map_arg
-from torch.utils.flop_counter import flop_registry
 
 from dpcompile.errors import NoRuleError
+from dpcompile.flops import flops_of
 from dpcompile.forms import crowded
 from dpcompile.ir import Backward, Group, Program, Site, Space
 from dpcompile.passes.combine import GroupReader
@@ -196,12 +195,3 @@ def _part(
 def count_flops(program: Program) -> sympy.Expr:
     """Matmul flops of a program, in B, by torch's own formulas (torch.utils.flop_counter) on symbolic shapes."""
     return _in_batch_size(sum((flops_of(node) for node in program.graph.nodes), sympy.Integer(0)), program.batch)
-
-
-def flops_of(node: fx.Node) -> sympy.Expr:
-    packet = getattr(node.target, "overloadpacket", None)
-    if node.op != "call_function" or packet not in flop_registry:
-        return sympy.Integer(0)
-    args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-    count = flop_registry[packet](*args, **kwargs, out_val=node.meta["val"])
-    return count.node.expr if isinstance(count, torch.SymInt) else sympy.sympify(count)

@@ -100,7 +100,7 @@ def test_report_counts_the_products_of_attention(tmp_path: Path) -> None:
         extra = ["--seq", str(seq), "--json", str(file), "--set", "attn_pdrop=0.0"]
         assert RUNNER.invoke(app, ["report", *GPT2, *extra]).exit_code == 0
         backbone.append(json.loads(file.read_text())["totals"]["backbone_flops"])
-    assert backbone[1] - 2 * backbone[0] == 8 * 2 * 6 * 2 * (8 * 8 - 2 * 4 * 4) * 8  # batch, layers, products, flops
+    assert backbone[1] - 2 * backbone[0] == 8 * 2 * 7 * 2 * (8 * 8 - 2 * 4 * 4) * 8  # batch, layers, products, flops
 
 
 def test_a_callable_may_bring_its_own_sample(models: str) -> None:

@@ -15,8 +15,9 @@ from torch import nn
 from dpcompile.api import prove
 from dpcompile.device import DeviceSpec
 from dpcompile.plan import Plan
-from dpcompile.report import WIDTH, human, plan_dict, plan_text, shorten, symbolic_text
+from dpcompile.report import WIDTH, plan_dict, plan_text, shorten, symbolic_text
 from dpcompile.rows import folded, rows_of
+from dpcompile.units import human
 
 DEVICE = DeviceSpec("laptop", flops_per_s=1e11, bytes_per_s=1e10)
 
@@ -88,6 +89,7 @@ time of parameter gradients     21.9us   58.3us   2.66
 layer inputs booked             49.9kB   49.9kB   1.00
 held until the clip factors         0B   77.6kB
 alive during one norm, at most      0B   6.91kB
+peak memory of a step            107kB    156kB   1.46
 
 choices: 7 ghost, 9 kept
 flip: paper ghost iff 2*T**2 < d*p, that is T < sqrt(2)*sqrt(d)*sqrt(p)/2; auto ghost as fast as kept at T = flip T

@@ -1,0 +1,253 @@
+"""The fastest plan whose memory stays within a budget, as an integer programme over the life of every value.
+
+The traced backward is the clock. A group of uses takes its norm as soon as its gradients are there, and its clipped sum
+when the clip factors are. What waits in between depends on the method: ghost and explicit norms read layer inputs and
+output gradients once more for the sum, so that these stay booked (arXiv:2210.00038 section 3); a kept gradient lets go
+of them, but stays itself. So memory at any moment is a constant plus a linear function of the choices, and the plan is
+
+    minimise the sum of times, subject to one method for each group and memory <= budget at every moment,
+
+which scipy's `milp` (HiGHS) solves.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array, csr_array, hstack
+
+from dpcompile.memory import Bytes, Life, Root, Timeline
+from dpcompile.plan import GroupCost, Method, Numbers
+from dpcompile.shapes import B, D, G, P, T
+
+SECONDS = 20.0
+"""After which the best plan found so far is taken."""
+GAP = 1e-4
+"""By how much of the least time a plan may be slower that is taken for the fastest."""
+
+Times = Mapping[str, Mapping[Method, float]]
+"""Seconds of every method that a group may follow."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """One group of uses as memory sees it. Moments are positions among the ops of the traced backward."""
+
+    cost: GroupCost
+    norm: int  # behind which op its norm is taken
+    reads: frozenset[Root]  # values of the backbone: layer inputs, output gradients
+    plain: tuple[tuple[int, frozenset[Root]], ...]  # behind which op plain training makes its gradients, of what
+    gradient: Bytes  # of the parameters
+    clip_group: int
+
+    @property
+    def name(self) -> str:
+        return self.cost.name
+
+    def kept(self, method: Method, batch_size: int) -> float:
+        """Bytes of gradients that wait for the clip factors."""
+        return sum(cost.held for cost in self._costs(method, batch_size)) if method.keeps else 0.0
+
+    def during_norm(self, method: Method, batch_size: int) -> float:
+        """Bytes alive only while the norm is taken."""
+        transient = sum(cost.transient for cost in self._costs(method, batch_size))
+        return max(transient - self.kept(method, batch_size), 0.0)
+
+    def _costs(self, method: Method, batch_size: int) -> list[Numbers]:
+        return [part.options[method].numbers({**part.sizes, B: batch_size}) for part in self.cost.parts]
+
+    def during_sum(self, method: Method, batch_size: int, itemsize: int) -> float:
+        """Bytes alive only while the clipped sum is formed: one factor with each sample's weight in it."""
+        if method.keeps:
+            return 0.0
+        sizes = [part.sizes for part in self.cost.parts if part.kind == "outer"]
+        return float(sum(itemsize * batch_size * s[G] * s[T] * min(s[P], s[D]) for s in sizes))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was chosen for every group; nothing if nothing fits. `peak` is the predicted one, in bytes."""
+
+    methods: Mapping[str, Method]
+    peak: float
+    proven: bool = True  # that no plan is better by more than GAP
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The traced backward as a clock, the lives of its values by its own ops alone, and the uses of parameters."""
+
+    length: int
+    lives: Mapping[Root, Life]
+    uses: tuple[Use, ...]
+    itemsize: int
+
+    def plain(self) -> Timeline:
+        """Memory of plain training of the same graph: each use makes its part of the gradient at once."""
+        deaths = {root: life.death for root, life in self.lives.items()}
+        made: list[Life] = []
+        for use in self.uses:
+            for i, (at, reads) in enumerate(use.plain):
+                deaths.update({root: max(deaths[root], at) for root in reads})
+                made.append(Life(use.gradient, at, at if i else self.length - 1))  # later ones are added to the first
+        lives = [Life(life.size, life.birth, deaths[root]) for root, life in self.lives.items()]
+        return Timeline.of([*lives, *made], self.length)
+
+    def peak(self, methods: Mapping[str, Method], batch_size: int) -> float:
+        """Predicted peak of a plan in bytes."""
+        programme = _Programme(self, {name: [method] for name, method in methods.items()}, batch_size)
+        return programme.peak(np.ones(len(programme.columns)))
+
+    def fit(self, times: Times, batch_size: int, budget: float) -> Fitted:
+        """The methods of least total time whose memory stays within `budget` bytes."""
+        programme = _Programme(self, times, batch_size)
+        seconds = np.array([times[name][method] for name, method in programme.columns])
+        return programme.solve(seconds / max(seconds.sum(), 1e-30), budget)
+
+    def least(self, times: Times, batch_size: int) -> Fitted:
+        """The methods with the lowest peak, whatever they take."""
+        programme = _Programme(self, times, batch_size)
+        return programme.solve(None, np.inf)
+
+
+class _Programme:
+    """Columns: one choice for each group and method, then whether each value waits for each clip group's factors.
+
+    Every column, as every value of the backbone, is so many bytes from one moment to another. The moments are those of
+    the backbone with one more for each norm, and for each clipped sum behind the last norm of its clip group.
+    """
+
+    def __init__(self, schedule: Schedule, options: Mapping[str, Iterable[Method]], batch_size: int) -> None:
+        self._uses = {use.name: use for use in schedule.uses}
+        self.columns = [(use.name, method) for use in schedule.uses for method in options[use.name]]
+        starts, norms, sums, end = _moments(schedule)
+        deaths = {root: starts[life.death] for root, life in schedule.lives.items()}
+        waits: dict[tuple[Root, int], int] = {}  # until when, by value and clip group
+        for use in schedule.uses:
+            for root in use.reads:
+                deaths[root] = max(deaths[root], norms[use.name])
+                key = (root, use.clip_group)
+                waits[key] = max(waits.get(key, 0), sums[use.name])
+        size = {root: life.size.at(batch_size) for root, life in schedule.lives.items()}
+        fixed = [(size[root], starts[life.birth], deaths[root]) for root, life in schedule.lives.items()]
+        fixed += [(use.gradient.at(batch_size), sums[use.name], end - 1) for use in schedule.uses]
+        spans: list[tuple[int, float, int, int]] = []
+        for i, (name, method) in enumerate(self.columns):
+            use, at, later = self._uses[name], norms[name], sums[name]
+            spans.append((i, use.kept(method, batch_size), at, later))
+            spans.append((i, use.during_norm(method, batch_size), at, at))
+            spans.append((i, use.during_sum(method, batch_size, schedule.itemsize), later, later))
+        self._waits = list(waits)
+        for i, (root, clip_group) in enumerate(waits, start=len(self.columns)):
+            if deaths[root] < waits[root, clip_group]:
+                spans.append((i, size[root], deaths[root] + 1, waits[root, clip_group]))
+        self._width = len(self.columns) + len(waits)
+        self._constant, self._matrix = _rows(fixed, spans, end, self._width)
+
+    def peak(self, chosen: np.ndarray) -> float:
+        """Of a choice for each column."""
+        again = [self._uses[n] for (n, method), x in zip(self.columns, chosen, strict=True) if x and not method.keeps]
+        reread = {(root, use.clip_group) for use in again for root in use.reads}
+        waits = [key in reread for key in self._waits]
+        return float((self._constant + self._matrix @ np.concatenate([chosen, waits])).max(initial=0.0))
+
+    def solve(self, objective: np.ndarray | None, budget: float) -> Fitted:
+        """The choice of least objective within the budget; without an objective, that of the lowest peak.
+
+        The peak is a column of its own, behind the others.
+        """
+        scale = float(self._constant.max(initial=1.0))
+        count, width = len(self.columns), self._width + 1
+        peak = csr_array(-np.ones((len(self._constant), 1)))
+        weights = np.zeros(width)
+        if objective is None:
+            weights[-1] = 1.0
+        else:
+            weights[:count] = objective
+        found = milp(
+            weights,
+            integrality=np.arange(width) < count,
+            bounds=Bounds(0, np.append(np.ones(width - 1), budget / scale)),  # pyright: ignore[reportArgumentType]
+            constraints=[
+                LinearConstraint(
+                    hstack([self._matrix / scale, peak]),
+                    -np.inf,
+                    -self._constant / scale,  # pyright: ignore[reportArgumentType]
+                ),
+                LinearConstraint(self._one_of_each(width), 1, 1),
+                *([LinearConstraint(self._waiting(width), -np.inf, 0)] if self._waits else []),
+            ],
+            options={"time_limit": SECONDS, "mip_rel_gap": GAP},
+        )
+        if found.x is None:
+            return Fitted({}, np.inf)
+        chosen = np.round(found.x[:count])
+        methods = {name: method for (name, method), x in zip(self.columns, chosen, strict=True) if x}
+        return Fitted(methods, self.peak(chosen), found.status == 0)
+
+    def _one_of_each(self, width: int) -> csr_array:
+        rows = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in self.columns))}
+        at = [rows[name] for name, _ in self.columns]
+        return csr_array((np.ones(len(at)), (at, np.arange(len(at)))), shape=(len(rows), width))
+
+    def _waiting(self, width: int) -> csr_array:
+        """A value waits if one of its uses has a method that reads it again: sum of those choices <= column."""
+        again = defaultdict(list)
+        for i, (name, method) in enumerate(self.columns):
+            if not method.keeps:
+                again[name].append(i)
+        entries: list[tuple[int, int, float]] = []
+        row = 0
+        column_of = {key: i for i, key in enumerate(self._waits, start=len(self.columns))}
+        for use in self._uses.values():
+            for root in use.reads:
+                entries += [(row, i, 1.0) for i in again[use.name]] + [(row, column_of[root, use.clip_group], -1.0)]
+                row += 1
+        at, columns, values = zip(*entries, strict=True)
+        return csr_array((values, (at, columns)), shape=(row, width))
+
+
+def _moments(schedule: Schedule) -> tuple[list[int], dict[str, int], dict[str, int], int]:
+    """The moment of each op, of each norm and of each clipped sum, and how many there are."""
+    ends: dict[int, int] = defaultdict(int)  # behind which op the clip factors of a clip group are there
+    for use in schedule.uses:
+        ends[use.clip_group] = max(ends[use.clip_group], use.norm)
+    behind: dict[int, list[tuple[str, dict[str, int]]]] = defaultdict(list)
+    norms: dict[str, int] = {}
+    sums: dict[str, int] = {}
+    for use in schedule.uses:
+        behind[use.norm].append((use.name, norms))
+    for use in reversed(schedule.uses):  # the order in which they are written
+        behind[ends[use.clip_group]].append((use.name, sums))
+    starts: list[int] = []
+    clock = itertools.count()
+    for position in range(schedule.length):
+        starts.append(next(clock))
+        for name, moments in behind[position]:
+            moments[name] = next(clock)
+    return starts, norms, sums, next(clock)
+
+
+def _rows(
+    fixed: Sequence[tuple[float, int, int]], spans: Sequence[tuple[int, float, int, int]], end: int, width: int
+) -> tuple[np.ndarray, csr_array]:
+    """Memory at every moment as constant + matrix @ columns; one row, the largest constant, while no column changes."""
+    steps = np.zeros(end + 1)
+    for size, birth, death in fixed:
+        steps[birth] += size
+        steps[death + 1] -= size
+    constant = steps.cumsum()[:end]
+    spans = [span for span in spans if span[1]]
+    cuts = sorted({0, *(birth for _, _, birth, _ in spans), *(death + 1 for *_, death in spans if death + 1 < end)})
+    row_of = {moment: row for row, moment in enumerate(cuts)} | {end: len(cuts)}
+    rows = np.array([constant[start:stop].max() for start, stop in itertools.pairwise([*cuts, end])])
+    entries = [
+        (row, column, size) for column, size, birth, death in spans for row in range(row_of[birth], row_of[death + 1])
+    ]
+    at, columns, sizes = zip(*entries, strict=True) if entries else ((), (), ())
+    return rows, coo_array((sizes, (at, columns)), shape=(len(cuts), width)).tocsr()

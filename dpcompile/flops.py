@@ -1,0 +1,50 @@
+"""Flops of an op by torch's own formulas, and those that torch has none for: attention on a CPU.
+
+FlopCounterMode counts these too from here on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+Shape = Sequence[Any]
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any, out_shape: Any = None, **__: Any) -> Any:
+    """Scores and weighted values, as torch counts the kernels of other devices: a causal mask spares nothing."""
+    batch, heads, positions, width = query
+    return 2 * batch * heads * positions * key[2] * (width + value[3])
+
+
+def _attention_backward(
+    grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, out_shape: Any = None, **__: Any
+) -> Any:
+    """Scores once more, and the gradients of query, key, value and scores."""
+    batch, heads, positions, width = query
+    return 2 * batch * heads * positions * key[2] * (3 * width + 2 * value[3])
+
+
+def _register(target: Any, formula: Callable[..., Any]) -> None:
+    if target not in flop_registry:
+        register_flop_formula(target)(formula)
+
+
+_register(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _attention)
+_register(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, _attention_backward)
+
+
+def flops_of(node: fx.Node) -> sympy.Expr:
+    """Matmul flops of one op of a graph, on its symbolic shapes."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if node.op != "call_function" or packet not in flop_registry:
+        return sympy.Integer(0)
+    args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    count = flop_registry[packet](*args, **kwargs, out_val=node.meta["val"])
+    return count.node.expr if isinstance(count, torch.SymInt) else sympy.sympify(count)
