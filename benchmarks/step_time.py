@@ -176,14 +176,23 @@ def reset_peak() -> bool:
     return resident_bytes("VmHWM") is not None
 
 
-def measure_peak(workload: Workload, method: str, device: torch.device) -> dict[str, Any]:
+def release(model: nn.Module) -> None:
+    """Drop the gradients that a step leaves, with those of single samples that Opacus holds until the next step."""
+    for parameter in model.parameters():
+        parameter.grad = None
+        for name in ("grad_sample", "summed_grad"):
+            if hasattr(parameter, name):
+                setattr(parameter, name, None)
+
+
+def measure_peak(workload: Workload, method: str, device: torch.device, warm_up: int = WARM_UP_STEPS) -> dict[str, Any]:
     """Peak bytes of one step above the level between steps; without /proc, above the loaded model."""
     model, batch = load(workload, device)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     step, _, model = make_step(workload, model, batch, method)
-    for _ in range(WARM_UP_STEPS):
+    for _ in range(warm_up):
         step()
-    model.zero_grad(set_to_none=True)
+    release(model)
     gc.collect()
     if device.type == "cuda":
         synchronize(device)
@@ -220,8 +229,17 @@ def summarize(records: dict[str, Any]) -> None:
             if base not in records:
                 continue
             ratios = [t / b for t, b in zip(record["seconds"], records[base]["seconds"], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-            record[f"ratio_to_{base}"] = {"median": middle, "quartiles": [low, high]}
+            record[f"ratio_to_{base}"] = spread(ratios)
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": middle, "quartiles": [low, high]}
+
+
+def spread_text(ratio: dict[str, Any]) -> str:
+    low, high = ratio["quartiles"]
+    return f"{ratio['median']:.2f} ({low:.2f}–{high:.2f})"
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -244,6 +262,25 @@ def describe_versions() -> dict[str, str]:
     return versions
 
 
+def describe_run(device: torch.device) -> dict[str, Any]:
+    """What a report states besides its numbers."""
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": describe_machine(device),
+        "versions": describe_versions(),
+    }
+
+
+def open_console(run: dict[str, Any]) -> Console:
+    """A console on which hardware and versions stand already."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=130)  # a file has no width to fit
+    console.print(", ".join(f"{k}: {v}" for k, v in (run["hardware"] | run["versions"]).items() if v))
+    return console
+
+
 def as_table(workload: Workload, records: dict[str, Any]) -> Table:
     table = Table(title=f"{workload.name}: {workload.note}", title_justify="left")
     table.add_column("method")
@@ -260,8 +297,7 @@ def as_table(workload: Workload, records: dict[str, Any]) -> Table:
         ratios = []
         for base in ("plain-eager", "plain-compiled"):
             ratio = record.get(f"ratio_to_{base}")
-            low, high = ratio["quartiles"] if ratio else (0, 0)
-            ratios.append(f"{ratio['median']:.2f} ({low:.2f}–{high:.2f})" if ratio else "–")
+            ratios.append(spread_text(ratio) if ratio else "–")
         peak = record.get("peak_bytes")
         table.add_row(
             method,
@@ -306,18 +342,8 @@ def main() -> None:
 
     wanted = args.methods or (*EAGER_METHODS, *COMPILED_METHODS * args.compile, *PEERS * args.peers)
     methods = [method for method in METHODS if method in wanted or method == "plain-eager"]
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": describe_machine(device),
-        "versions": describe_versions(),
-        "rounds": args.rounds,
-        "models": {},
-    }
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=130)  # a file has no width to fit
-    console.print(", ".join(f"{k}: {v}" for k, v in (report["hardware"] | report["versions"]).items() if v))
+    report: dict[str, Any] = describe_run(device) | {"rounds": args.rounds, "models": {}}
+    console = open_console(report)
     for name in args.models:
         torch._dynamo.reset()
         records = measure_times(WORKLOADS[name], methods, args.rounds, device)
