@@ -24,6 +24,12 @@ class Workload:
     make_batch: Callable[[], tuple[Tensor, Tensor]]
     loss: Callable[[Any, Tensor], Tensor]
 
+    def batch(self, size: int) -> tuple[Tensor, Tensor]:
+        """As `make_batch()`, of another size: its samples again and again."""
+        inputs, targets = self.make_batch()
+        index = torch.arange(size) % len(targets)
+        return inputs[index], targets[index]
+
 
 def class_loss(outputs: Any, targets: Tensor) -> Tensor:
     logits = outputs if isinstance(outputs, Tensor) else outputs.logits
