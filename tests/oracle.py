@@ -55,11 +55,12 @@ class PerSampleGradients:
     def splitting_norm(self) -> float:
         """A clipping bound halfway between two of the norms in the middle: some samples are clipped and some not.
 
-        1 where these norms are zero, as those of a network of dead units are.
+        Norms of next to nothing are zero in theory, and a bound like them would measure noise; 1 where all are, as
+        those of a network of dead units.
         """
-        norms = self.norms.sort().values
+        norms = self.norms[self.norms > 1e-9 * self.norms.max()].sort().values if len(self.norms) else self.norms
         middle = len(norms) // 2
-        return norms[max(middle - 1, 0) : middle + 1].mean().item() or 1.0
+        return norms[max(middle - 1, 0) : middle + 1].mean().item() if len(norms) else 1.0
 
 
 def per_sample_gradients(
