@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpcompile.budget import Schedule
 from dpcompile.calls import CallSpec, bind_sample, sample_values
 from dpcompile.certified import without_bounds
 from dpcompile.clipping import Clipping, clipping_of
@@ -22,13 +23,14 @@ from dpcompile.ir import Backward, Draft, OutputKind, Program, Tracked, Uses
 from dpcompile.lengths import proven
 from dpcompile.passes.capture import Captured, capture
 from dpcompile.passes.check_supported import check_supported
-from dpcompile.passes.choose_norms import POLICIES, choose_norms
+from dpcompile.passes.choose_norms import POLICIES, choose_norms, modelled
 from dpcompile.passes.combine import GroupReader
 from dpcompile.passes.drop_tangents import drop_tangents
 from dpcompile.passes.estimate_costs import estimate_costs
 from dpcompile.passes.find_sites import find_sites
 from dpcompile.passes.follow_memory import follow_memory
 from dpcompile.passes.insert_norms import insert_norms
+from dpcompile.passes.measure_sites import measure_sites
 from dpcompile.passes.normalise import normalise
 from dpcompile.passes.penalty import penalty
 from dpcompile.passes.reweight_gradients import reweight_gradients
@@ -38,8 +40,9 @@ from dpcompile.passes.split import split
 from dpcompile.passes.tidy import tidy
 from dpcompile.passes.trace_backward import loss_scale, trace_backward
 from dpcompile.passes.track_batch import track_batch
-from dpcompile.plan import Plan
+from dpcompile.plan import Costs, Plan
 from dpcompile.runtime import NONFINITE, DPModule
+from dpcompile.tuning import Tuner
 from dpcompile.units import bytes_of
 from dpcompile.validate import check_norms
 from dpcompile.verify import verify
@@ -70,6 +73,7 @@ def dpcompile(
     views: int = 1,
     nonfinite: str = "zero",
     memory_budget: float | str | None = None,
+    tune: bool = False,
     validate: str = "probe",
 ) -> DPModule:
     """A module with the model's parameters, call and outputs, whose backward leaves clipped gradients.
@@ -106,6 +110,8 @@ def dpcompile(
         memory_budget: most bytes that a step may need at its peak, above what is there between steps, as the plan
             predicts it: a factor of plain training's peak if below 100, else bytes, or a text such as "24GB". The
             fastest norm methods within it are chosen. None: 1.1, or what the least plan needs if that is more.
+        tune: time the norm methods that are near the best by the cost model, each at the site's own sizes and on the
+            model's device, and choose by that. Times are kept on disk (dpcompile/tuning.py) and used again.
         validate: "probe" runs the emitted graph on two samples like the first of `sample_input` and compares their
             norms with autograd on each alone; "off" does not.
 
@@ -136,7 +142,7 @@ def dpcompile(
         loss_reduction=loss_reduction,
         views=views,
     ).conclude()
-    plan = analysis.plan(norm_method, clipping=clip, memory_budget=budget)
+    plan = analysis.plan(norm_method, clipping=clip, memory_budget=budget, tune=tune)
     dp_model = DPModule(model, analysis.emit(plan, clip, mean=loss_reduction == "mean"), nonfinite)
     if validate == "probe":
         bare = partial(analysis.without_bounds, plan, clip, mean=loss_reduction == "mean")
@@ -166,23 +172,34 @@ class Analysis:
         batch_size: int | None = None,
         clipping: Clipping | None = None,
         memory_budget: float | None = None,
+        tune: bool = False,
     ) -> Plan:
         readers = self._readers(self.backward)
         costs = estimate_costs(self.backward, readers)
+        device = device or spec_for(self.call.device)
+        size = batch_size or max(self.call.batch_size, 1)
+        times = {group.name: modelled(group, device, size) for group in costs.groups}
+        measured = measure_sites(readers, costs, times, size, Tuner(self.call.device)) if tune else None
         plan = choose_norms(
             self.program,
             self.uses,
             costs,
-            device or spec_for(self.call.device),
+            device,
             policy=policy,
-            batch_size=batch_size or max(self.call.batch_size, 1),
+            batch_size=size,
             clipping=clipping,
-            schedule=follow_memory(self.backward, readers, costs, clipping),
+            schedule=self.schedule(costs, clipping),
             budget=memory_budget,
+            measured=measured,
         )
         sizes = (size.node.hint for size in self.program.lengths)
         lengths = dict(zip((length.name for length in self.call.lengths), sizes, strict=True))
         return replace(plan, checkpointed=self.captured.checkpointed, lengths=lengths)
+
+    def schedule(self, costs: Costs | None = None, clipping: Clipping | None = None) -> Schedule:
+        """The lives of all values of a step, before norm methods are chosen."""
+        readers = self._readers(self.backward)
+        return follow_memory(self.backward, readers, costs or estimate_costs(self.backward, readers), clipping)
 
     def without_bounds(self, plan: Plan, clipping: Clipping | None = None, *, mean: bool = True) -> Emitted:
         """The same with norms as computed, to which no bound on rounding is added: not to train with."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,16 +22,13 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array, csr_array, hstack
 
 from dpcompile.memory import Bytes, Life, Root, Timeline
-from dpcompile.plan import GroupCost, Method, Numbers
+from dpcompile.plan import GroupCost, Method, Numbers, Times
 from dpcompile.shapes import B, D, G, P, T
 
 SECONDS = 20.0
 """After which the best plan found so far is taken."""
 GAP = 1e-4
 """By how much of the least time a plan may be slower that is taken for the fastest."""
-
-Times = Mapping[str, Mapping[Method, float]]
-"""Seconds of every method that a group may follow."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +46,33 @@ class Use:
     def name(self) -> str:
         return self.cost.name
 
-    def kept(self, method: Method, batch_size: int) -> float:
-        """Bytes of gradients that wait for the clip factors."""
-        return sum(cost.held for cost in self._costs(method, batch_size)) if method.keeps else 0.0
+    def kept(self, method: Method) -> Bytes:
+        """Gradients that wait for the clip factors."""
+        return _affine(lambda size: sum(cost.held for cost in self._costs(method, size))) if method.keeps else Bytes()
 
-    def during_norm(self, method: Method, batch_size: int) -> float:
-        """Bytes alive only while the norm is taken."""
-        transient = sum(cost.transient for cost in self._costs(method, batch_size))
-        return max(transient - self.kept(method, batch_size), 0.0)
+    def during_norm(self, method: Method) -> Bytes:
+        """Alive only while the norm is taken, and not kept."""
+
+        def beyond(size: int) -> float:
+            costs = self._costs(method, size)
+            return max(sum(cost.transient - (cost.held if method.keeps else 0.0) for cost in costs), 0.0)
+
+        return _affine(beyond)
+
+    def during_sum(self, method: Method, itemsize: int) -> Bytes:
+        """Alive only while the clipped sum is formed: one factor with each sample's weight in it."""
+        if method.keeps:
+            return Bytes()
+        sizes = [part.sizes for part in self.cost.parts if part.kind == "outer"]
+        return Bytes(each=float(sum(itemsize * s[G] * s[T] * min(s[P], s[D]) for s in sizes)))
 
     def _costs(self, method: Method, batch_size: int) -> list[Numbers]:
         return [part.options[method].numbers({**part.sizes, B: batch_size}) for part in self.cost.parts]
 
-    def during_sum(self, method: Method, batch_size: int, itemsize: int) -> float:
-        """Bytes alive only while the clipped sum is formed: one factor with each sample's weight in it."""
-        if method.keeps:
-            return 0.0
-        sizes = [part.sizes for part in self.cost.parts if part.kind == "outer"]
-        return float(sum(itemsize * batch_size * s[G] * s[T] * min(s[P], s[D]) for s in sizes))
+
+def _affine(size: Callable[[int], float]) -> Bytes:
+    one, two = size(1), size(2)
+    return Bytes(two - one, 2 * one - two)
 
 
 @dataclass(frozen=True)
@@ -98,21 +104,20 @@ class Schedule:
         lives = [Life(life.size, life.birth, deaths[root]) for root, life in self.lives.items()]
         return Timeline.of([*lives, *made], self.length)
 
-    def peak(self, methods: Mapping[str, Method], batch_size: int) -> float:
-        """Predicted peak of a plan in bytes."""
-        programme = _Programme(self, {name: [method] for name, method in methods.items()}, batch_size)
-        return programme.peak(np.ones(len(programme.columns)))
+    def private(self, methods: Mapping[str, Method]) -> Timeline:
+        """Memory of private training by a plan."""
+        programme = _Programme(self, {name: [method] for name, method in methods.items()})
+        return programme.timeline(np.ones(len(programme.columns)))
 
     def fit(self, times: Times, batch_size: int, budget: float) -> Fitted:
         """The methods of least total time whose memory stays within `budget` bytes."""
-        programme = _Programme(self, times, batch_size)
+        programme = _Programme(self, times)
         seconds = np.array([times[name][method] for name, method in programme.columns])
-        return programme.solve(seconds / max(seconds.sum(), 1e-30), budget)
+        return programme.solve(seconds / max(seconds.sum(), 1e-30), batch_size, budget)
 
     def least(self, times: Times, batch_size: int) -> Fitted:
         """The methods with the lowest peak, whatever they take."""
-        programme = _Programme(self, times, batch_size)
-        return programme.solve(None, np.inf)
+        return _Programme(self, times).solve(None, batch_size, np.inf)
 
 
 class _Programme:
@@ -122,10 +127,10 @@ class _Programme:
     the backbone with one more for each norm, and for each clipped sum behind the last norm of its clip group.
     """
 
-    def __init__(self, schedule: Schedule, options: Mapping[str, Iterable[Method]], batch_size: int) -> None:
+    def __init__(self, schedule: Schedule, options: Mapping[str, Iterable[Method]]) -> None:
         self._uses = {use.name: use for use in schedule.uses}
         self.columns = [(use.name, method) for use in schedule.uses for method in options[use.name]]
-        starts, norms, sums, end = _moments(schedule)
+        starts, norms, sums, self._end = _moments(schedule)
         deaths = {root: starts[life.death] for root, life in schedule.lives.items()}
         waits: dict[tuple[Root, int], int] = {}  # until when, by value and clip group
         for use in schedule.uses:
@@ -133,37 +138,36 @@ class _Programme:
                 deaths[root] = max(deaths[root], norms[use.name])
                 key = (root, use.clip_group)
                 waits[key] = max(waits.get(key, 0), sums[use.name])
-        size = {root: life.size.at(batch_size) for root, life in schedule.lives.items()}
-        fixed = [(size[root], starts[life.birth], deaths[root]) for root, life in schedule.lives.items()]
-        fixed += [(use.gradient.at(batch_size), sums[use.name], end - 1) for use in schedule.uses]
-        spans: list[tuple[int, float, int, int]] = []
+        lives = schedule.lives
+        self._always = [Life(life.size, starts[life.birth], deaths[root]) for root, life in lives.items()]
+        self._always += [Life(use.gradient, sums[use.name], self._end - 1) for use in schedule.uses]
+        self._chosen: list[tuple[int, Life]] = []  # by column
         for i, (name, method) in enumerate(self.columns):
             use, at, later = self._uses[name], norms[name], sums[name]
-            spans.append((i, use.kept(method, batch_size), at, later))
-            spans.append((i, use.during_norm(method, batch_size), at, at))
-            spans.append((i, use.during_sum(method, batch_size, schedule.itemsize), later, later))
+            self._chosen.append((i, Life(use.kept(method), at, later)))
+            self._chosen.append((i, Life(use.during_norm(method), at, at)))
+            self._chosen.append((i, Life(use.during_sum(method, schedule.itemsize), later, later)))
         self._waits = list(waits)
         for i, (root, clip_group) in enumerate(waits, start=len(self.columns)):
             if deaths[root] < waits[root, clip_group]:
-                spans.append((i, size[root], deaths[root] + 1, waits[root, clip_group]))
-        self._width = len(self.columns) + len(waits)
-        self._constant, self._matrix = _rows(fixed, spans, end, self._width)
+                self._chosen.append((i, Life(lives[root].size, deaths[root] + 1, waits[root, clip_group])))
 
-    def peak(self, chosen: np.ndarray) -> float:
+    def timeline(self, chosen: np.ndarray) -> Timeline:
         """Of a choice for each column."""
         again = [self._uses[n] for (n, method), x in zip(self.columns, chosen, strict=True) if x and not method.keeps]
         reread = {(root, use.clip_group) for use in again for root in use.reads}
-        waits = [key in reread for key in self._waits]
-        return float((self._constant + self._matrix @ np.concatenate([chosen, waits])).max(initial=0.0))
+        there = [*chosen, *(key in reread for key in self._waits)]
+        return Timeline.of([*self._always, *(life for i, life in self._chosen if there[i])], self._end)
 
-    def solve(self, objective: np.ndarray | None, budget: float) -> Fitted:
+    def solve(self, objective: np.ndarray | None, batch_size: int, budget: float) -> Fitted:
         """The choice of least objective within the budget; without an objective, that of the lowest peak.
 
         The peak is a column of its own, behind the others.
         """
-        scale = float(self._constant.max(initial=1.0))
-        count, width = len(self.columns), self._width + 1
-        peak = csr_array(-np.ones((len(self._constant), 1)))
+        count, width = len(self.columns), len(self.columns) + len(self._waits) + 1
+        constant, matrix = self._rows(batch_size, width - 1)
+        scale = float(constant.max(initial=1.0))
+        peak = csr_array(-np.ones((len(constant), 1)))
         weights = np.zeros(width)
         if objective is None:
             weights[-1] = 1.0
@@ -175,9 +179,9 @@ class _Programme:
             bounds=Bounds(0, np.append(np.ones(width - 1), budget / scale)),  # pyright: ignore[reportArgumentType]
             constraints=[
                 LinearConstraint(
-                    hstack([self._matrix / scale, peak]),
+                    hstack([matrix / scale, peak]),
                     -np.inf,
-                    -self._constant / scale,  # pyright: ignore[reportArgumentType]
+                    -constant / scale,  # pyright: ignore[reportArgumentType]
                 ),
                 LinearConstraint(self._one_of_each(width), 1, 1),
                 *([LinearConstraint(self._waiting(width), -np.inf, 0)] if self._waits else []),
@@ -188,7 +192,19 @@ class _Programme:
             return Fitted({}, np.inf)
         chosen = np.round(found.x[:count])
         methods = {name: method for (name, method), x in zip(self.columns, chosen, strict=True) if x}
-        return Fitted(methods, self.peak(chosen), found.status == 0)
+        return Fitted(methods, self.timeline(chosen).peak(batch_size), found.status == 0)
+
+    def _rows(self, batch_size: int, width: int) -> tuple[np.ndarray, csr_array]:
+        """Memory at every moment as constant + matrix @ columns; one row, the largest, while no column changes."""
+        constant = Timeline.of(self._always, self._end).at(batch_size)
+        spans = [(i, life.size.at(batch_size), life.birth, life.death + 1) for i, life in self._chosen]
+        spans = [span for span in spans if span[1]]
+        cuts = sorted({0, self._end, *(moment for *_, birth, end in spans for moment in (birth, end))})
+        row_of = {moment: row for row, moment in enumerate(cuts)}
+        rows = np.array([constant[start:stop].max() for start, stop in itertools.pairwise(cuts)])
+        entries = [(row, i, size) for i, size, birth, end in spans for row in range(row_of[birth], row_of[end])]
+        at, columns, sizes = zip(*entries, strict=True) if entries else ((), (), ())
+        return rows, coo_array((sizes, (at, columns)), shape=(len(rows), width)).tocsr()
 
     def _one_of_each(self, width: int) -> csr_array:
         rows = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in self.columns))}
@@ -231,23 +247,3 @@ def _moments(schedule: Schedule) -> tuple[list[int], dict[str, int], dict[str, i
         for name, moments in behind[position]:
             moments[name] = next(clock)
     return starts, norms, sums, next(clock)
-
-
-def _rows(
-    fixed: Sequence[tuple[float, int, int]], spans: Sequence[tuple[int, float, int, int]], end: int, width: int
-) -> tuple[np.ndarray, csr_array]:
-    """Memory at every moment as constant + matrix @ columns; one row, the largest constant, while no column changes."""
-    steps = np.zeros(end + 1)
-    for size, birth, death in fixed:
-        steps[birth] += size
-        steps[death + 1] -= size
-    constant = steps.cumsum()[:end]
-    spans = [span for span in spans if span[1]]
-    cuts = sorted({0, *(birth for _, _, birth, _ in spans), *(death + 1 for *_, death in spans if death + 1 < end)})
-    row_of = {moment: row for row, moment in enumerate(cuts)} | {end: len(cuts)}
-    rows = np.array([constant[start:stop].max() for start, stop in itertools.pairwise([*cuts, end])])
-    entries = [
-        (row, column, size) for column, size, birth, death in spans for row in range(row_of[birth], row_of[death + 1])
-    ]
-    at, columns, sizes = zip(*entries, strict=True) if entries else ((), (), ())
-    return rows, coo_array((sizes, (at, columns)), shape=(len(cuts), width)).tocsr()

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+
+from dpcompile.specs import TargetError
 
 
 @dataclass(frozen=True)
 class DeviceSpec:
     name: str
-    flops_per_s: float  # sustained float32 matmul rate
+    flops_per_s: float  # sustained float32 matmul rate, full precision
     bytes_per_s: float  # sustained memory bandwidth
     s_per_call: float = 0.0  # of an op in a loop over samples, whatever its size
 
@@ -21,9 +31,97 @@ class DeviceSpec:
 
 # Sustained on two cores of a server CPU with AVX-512: sgemm 4096^3, and a copy of 1 GB.
 CPU = DeviceSpec("cpu", 1.5e11, 1.2e10, 2e-5)
-# NVIDIA H100 SXM data sheet (TF32 dense 494e12, HBM3 3.35e12 B/s), at 60 % of the peaks.
-CUDA = DeviceSpec("cuda", 3.0e14, 2.0e12, 1e-5)
+# Data sheets at 60 % of the peaks, float32 without TF32: H100 SXM 67e12 and HBM3 3.35e12 B/s, A100 19.5e12 and 2.0e12.
+H100 = DeviceSpec("h100", 4.0e13, 2.0e12, 1e-5)
+A100 = DeviceSpec("a100", 1.2e13, 1.2e12, 1e-5)
+NAMED = {"cpu": CPU, "cuda": H100, "h100": H100, "a100": A100}
 
 
 def spec_for(device: torch.device) -> DeviceSpec:
-    return CUDA if device.type == "cuda" else CPU
+    """As calibrated on this machine, else the one that stands for all of its kind."""
+    return _saved().get(device_name(device)) or (H100 if device.type == "cuda" else CPU)
+
+
+def spec_named(text: str) -> DeviceSpec:
+    """Of a device that need not be here: a name, or a file that `dpcompile calibrate-device --json` wrote.
+
+    Raises:
+        TargetError: neither.
+    """
+    if text == "cpu" or (text == "cuda" and torch.cuda.is_available()):
+        return spec_for(torch.device(text))
+    if text in NAMED:
+        return NAMED[text]
+    try:
+        return DeviceSpec(**json.loads(Path(text).read_text()))
+    except (OSError, ValueError, TypeError):
+        raise TargetError(f"--device {text!r} is none of {', '.join(NAMED)}, nor a file of calibrate-device") from None
+
+
+# ---------------------------------------------------------------- this machine
+
+
+def cache_directory() -> Path:
+    """DPCOMPILE_CACHE, or `dpcompile` in XDG_CACHE_HOME or ~/.cache."""
+    if "DPCOMPILE_CACHE" in os.environ:
+        return Path(os.environ["DPCOMPILE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpcompile"
+
+
+def device_name(device: torch.device) -> str:
+    """What times depend on: the model of the GPU, or the CPU's with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def calibrated(device: torch.device, *, rounds: int = 7) -> DeviceSpec:
+    """The rates of a device that is here: medians of products 2048^3, copies of 256 MB and small products."""
+    n = 2048
+    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+    source = torch.ones(2**26, device=device)
+    target = torch.empty_like(source)
+    small = torch.randn(8, 8, device=device)
+    product = _median(lambda: a @ b, device, rounds)
+    copy = _median(lambda: target.copy_(source), device, rounds)
+    call = _median(lambda: [small @ small for _ in range(1000)], device, rounds) / 1000
+    moved = 2 * source.numel() * source.element_size()
+    return DeviceSpec(device_name(device), 2 * n**3 / product, moved / copy, call)
+
+
+def save(spec: DeviceSpec) -> Path:
+    """Keep the spec for plans on this machine."""
+    path = cache_directory() / "devices.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = {name: asdict(own) for name, own in _saved().items()} | {spec.name: asdict(spec)}
+    path.write_text(json.dumps(known, indent=1) + "\n")
+    return path
+
+
+def _saved() -> dict[str, DeviceSpec]:
+    try:
+        found = json.loads((cache_directory() / "devices.json").read_text())
+        return {name: DeviceSpec(**own) for name, own in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _median(run: Callable[[], Any], device: torch.device, rounds: int) -> float:
+    seconds = []
+    for _ in range(rounds + 2):
+        _wait(device)
+        started = time.perf_counter()
+        run()
+        _wait(device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[2:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

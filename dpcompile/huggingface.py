@@ -15,7 +15,7 @@ from dpcompile.specs import Spec, TargetError
 _SPEECH_SAMPLES = 16_000  # one second
 
 
-def build_hf(name: str, settings: Sequence[str] = ()) -> nn.Module:
+def build_hf(name: str, settings: Sequence[str] = (), *, real: bool = False) -> nn.Module:
     """`transformers.<name>` from its default config with `settings` ("field=value") on top.
 
     Raises:
@@ -40,7 +40,7 @@ def build_hf(name: str, settings: Sequence[str] = ()) -> nn.Module:
                 raise TargetError(f"--set: {make_config.__name__} has no field {field!r}{near(field, known)}")
         if "use_cache" in known:
             fields.setdefault("use_cache", False)  # training has no use for the caches that would be returned
-        with torch.device("meta"):
+        with torch.device("cpu" if real else "meta"):
             return cls(make_config(**fields))
     except TargetError:
         raise

@@ -34,6 +34,10 @@ class Method(Enum):
         return self in (Method.KEPT, Method.LOOPED)
 
 
+Times = Mapping[str, Mapping[Method, float]]
+"""Seconds of the methods that a group may follow, by its name."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """Of norm and clipped sum together. Sympy expressions in B, T, d, p, G; bytes in bytes."""
@@ -111,6 +115,12 @@ class GroupCost:
         """Methods that every part of the group can follow."""
         return tuple(m for m in Method if all(m in part.options for part in self.parts))
 
+    @property
+    def choices(self) -> tuple[Method, ...]:
+        """Those among which there is a choice: small gradients, and sums of two kinds of uses, are always kept."""
+        kept = any(part.kind == "explicit" for part in self.parts) and Method.KEPT in self.methods
+        return (Method.KEPT,) if kept else self.methods
+
 
 @dataclass(frozen=True)
 class Span:
@@ -161,6 +171,7 @@ class Plan:
     unused: tuple[str, ...] = ()
     clip_groups: tuple[tuple[str, ...], ...] = ()  # groups of uses that are clipped by one norm; empty: all by one
     memory: Memory | None = None
+    measured: Times = field(default_factory=dict)  # seconds on this machine, where candidates were timed
     checkpointed: int = 0  # regions of torch.utils.checkpoint in the model
     lengths: Mapping[str, int] = field(default_factory=dict)  # free lengths by name, with the sample's sizes
 

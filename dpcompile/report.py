@@ -39,7 +39,7 @@ def plan_text(plan: Plan) -> str:
         [
             f"policy {plan.policy}, batch size {plan.batch_size}{_lengths(plan)}, device {_device(plan)}",
             "",
-            *_table(table, left={"parameter", "op", "choice", "reason"}),
+            *table_text(table, left={"parameter", "op", "choice", "reason"}),
             "",
             *LEGEND,
             "",
@@ -97,13 +97,13 @@ def symbolic_text(plan: Plan) -> str:
         forms = [("plain", first.plain), *((m.value, c) for m, c in first.options.items())]
         if first.kind == "explicit":
             forms = [forms[0], ("any", forms[1][1])]
-        lines += _table([_formulas(*form) for form in forms])
+        lines += table_text([_formulas(*form) for form in forms])
         if turns(first):
             lines += ["", "  ghost and kept take the same time at"]
             lines += [f"  T = {symbolic_time_flip(first)}", "  with F flops/s and W bytes/s of the device"]
     lines += ["", *_flip_lines(), ""]
     flips = [_flip_cells(row) for rows in folded(rows_of(plan)) for row in rows if row.kind in ("outer", "onehot")]
-    lines += _table(flips, left={"parameter", "choice"})
+    lines += table_text(flips, left={"parameter", "choice"})
     lines += ["", f"flops of a private step  {plan.flops()}", f"flops of a plain step    {plan.plain_flops()}"]
     return "\n".join(lines)
 
@@ -206,7 +206,7 @@ def _totals(plan: Plan, rows: Sequence[Row]) -> list[str]:
         plain, peak = plan.memory.plain, plan.memory.peak
         totals.append(("peak memory of a step", human(plain, "B"), human(peak, "B"), _ratio(peak, plain)))
     head = ("one step", "plain", "private", "ratio")
-    table = _table([dict(zip(head, line, strict=True)) for line in totals], left={"one step"})
+    table = table_text([dict(zip(head, line, strict=True)) for line in totals], left={"one step"})
     chosen = ", ".join(f"{count} {method.value}" for count, method in zip(counts, Method, strict=True) if count)
     shared = _at(plan.shared_flops(), plan)
     saved = (
@@ -268,7 +268,7 @@ def shorten(text: str, width: int) -> str:
     return short.replace(longest, cut, 1)[:width]
 
 
-def _table(rows: Sequence[Mapping[str, str]], left: Collection[str] | None = None) -> list[str]:
+def table_text(rows: Sequence[Mapping[str, str]], left: Collection[str] | None = None) -> list[str]:
     """Columns with their heads: the ones in `left` (default: all) to the left, others to the right."""
     if not rows:
         return []

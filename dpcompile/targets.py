@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -27,7 +28,7 @@ from dpcompile.torch_internals import dry_run, without_memory
 
 @dataclass(frozen=True)
 class Target:
-    """A model whose tensors have shapes and no memory, and what it is called with."""
+    """A model, whose tensors have shapes and no memory unless it is real, and what it is called with."""
 
     model: nn.Module
     sample_input: Any
@@ -40,8 +41,11 @@ def load_target(
     batch: int | None = None,
     seq: int | None = None,
     settings: Sequence[str] = (),
+    real: bool = False,
 ) -> Target:
     """The model of TARGET with the sample that `--input` describes, else with the target's own.
+
+    `real` models have memory and the weights that they are built with.
 
     Raises:
         TargetError: an argument names nothing, or is malformed. The message is one line.
@@ -49,17 +53,17 @@ def load_target(
     specs = [parse_spec(text) for text in inputs]
     sample = sample_of(specs) if specs else None
     if target.startswith("hf:"):
-        model = build_hf(target.removeprefix("hf:"), settings)
+        model = build_hf(target.removeprefix("hf:"), settings, real=real)
         if sample is None:
             sample = sample_of(sample_specs(model, batch or 8, seq))
     else:
         if settings:
             raise TargetError(f"--set is for hf: targets; {target!r} builds its own model")
-        model, own = _build(target)
+        model, own = _build(target, real=real)
         sample = own if sample is None else sample
         if sample is None:
             raise TargetError(f"{target!r} returns no sample input; give one with --input, like {FORM}")
-    return Target(weightless(model), pytree.tree_map_only(torch.Tensor, _on_cpu, sample))
+    return Target(model if real else weightless(model), pytree.tree_map_only(torch.Tensor, _on_cpu, sample))
 
 
 def weightless(model: nn.Module) -> nn.Module:
@@ -85,7 +89,7 @@ def _on_cpu(value: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(value, device="cpu") if value.device.type != "cpu" else value
 
 
-def _build(target: str) -> tuple[nn.Module, Any]:
+def _build(target: str, *, real: bool) -> tuple[nn.Module, Any]:
     where, colon, name = target.rpartition(":")
     if not colon or not where or not name:
         raise TargetError(f"TARGET {target!r} is not of the form package.module:callable, file.py:callable or hf:Class")
@@ -95,22 +99,21 @@ def _build(target: str) -> tuple[nn.Module, Any]:
         raise TargetError(f"{where!r} has no {name!r}")
     if not callable(function):
         raise TargetError(f"{target!r} is not callable")
-    built = _call(target, function)
+    built = _call(target, function, real=real)
     model, sample = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
     if not isinstance(model, nn.Module):
         raise TargetError(f"{target!r} returned {type(model).__name__}, expected a model or (model, sample input)")
     return model, sample
 
 
-def _call(target: str, function: Any) -> Any:
-    try:
-        with torch.device("meta"):
+def _call(target: str, function: Any, *, real: bool) -> Any:
+    if not real:
+        with contextlib.suppress(Exception), torch.device("meta"):
             return function()
-    except Exception:  # some models read values while they are built: these take their memory
-        try:
-            return function()
-        except Exception as error:
-            raise TargetError(f"{target!r} raised {describe(error)}") from error
+    try:  # some models read values while they are built: these take their memory
+        return function()
+    except Exception as error:
+        raise TargetError(f"{target!r} raised {describe(error)}") from error
 
 
 def _import(name: str) -> ModuleType:

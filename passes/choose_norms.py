@@ -12,7 +12,7 @@ from dpcompile.clipping import Clipping
 from dpcompile.device import DeviceSpec
 from dpcompile.errors import DPCompileError
 from dpcompile.ir import Program, Uses
-from dpcompile.plan import Choice, Costs, GroupCost, Memory, Method, Part, Plan, Span
+from dpcompile.plan import Choice, Costs, GroupCost, Memory, Method, Part, Plan, Span, Times
 from dpcompile.shapes import B, D, P, T, U
 from dpcompile.units import human
 
@@ -30,10 +30,11 @@ def choose_norms(
     clipping: Clipping | None = None,
     schedule: Schedule | None = None,
     budget: float | None = None,
+    measured: Times | None = None,
 ) -> Plan:
     """The plan. Policies:
 
-    - "auto": least time by the device's rates, within the memory budget; memory breaks ties within 1 %.
+    - "auto": least time, `measured` or by the device's rates, within the memory budget; memory breaks ties within 1 %.
     - "paper": ghost where 2 T^2 < p d, else explicit (mixed ghost clipping, arXiv:2205.10683 eq. 4.2).
     - "ghost", "explicit": that one wherever it exists.
 
@@ -42,7 +43,14 @@ def choose_norms(
     Raises:
         DPCompileError: no plan fits a budget that was asked for; says what would.
     """
-    choices = {group.name: _with_span(group, device, policy, batch_size) for group in costs.groups}
+    measured = measured or {}
+    times = {g.name: measured.get(g.name) or modelled(g, device, batch_size) for g in costs.groups}
+    choices = {
+        group.name: _choose(group, times[group.name], policy, batch_size)
+        if group.name in measured
+        else _with_span(group, device, policy, batch_size)
+        for group in costs.groups
+    }
     targets = {i.node: i.target for i in program.inputs}
     dead = [g for g in uses.groups if g.name not in choices]
     unused = tuple(targets[p] for p in uses.unused) + tuple(targets[p] for g in dead for p in g.params)
@@ -54,9 +62,14 @@ def choose_norms(
     clip_groups = tuple(tuple(names) for names in together.values())
     memory = None
     if schedule is not None:
-        times = {group.name: _times(group, device, policy, batch_size) for group in costs.groups}
-        choices, memory = _within(schedule, choices, times, policy, batch_size, budget)
-    return Plan(policy, device, batch_size, costs, choices, tuple(dict.fromkeys(unused)), clip_groups, memory)
+        among = {
+            group.name: {m: s for m, s in times[group.name].items() if m in group.choices}
+            if policy == "auto"
+            else {choices[group.name].method: 0.0}
+            for group in costs.groups
+        }
+        choices, memory = _within(schedule, choices, among, policy, batch_size, budget)
+    return Plan(policy, device, batch_size, costs, choices, tuple(dict.fromkeys(unused)), clip_groups, memory, measured)
 
 
 LOOSE = 1.1
@@ -69,7 +82,7 @@ FACTOR_BELOW = 100.0
 def _within(
     schedule: Schedule,
     choices: Mapping[str, Choice],
-    times: Mapping[str, Mapping[Method, float]],
+    times: Times,
     policy: str,
     batch_size: int,
     budget: float | None,
@@ -77,7 +90,7 @@ def _within(
     """The choices as they are if they fit; else the fastest that do."""
     plain = schedule.plain().peak(batch_size)
     asked = max(LOOSE * plain, SMALL) if budget is None else budget * plain if budget < FACTOR_BELOW else budget
-    peak = schedule.peak({name: choice.method for name, choice in choices.items()}, batch_size)
+    peak = schedule.private({name: choice.method for name, choice in choices.items()}).peak(batch_size)
     if peak <= asked or policy != "auto":
         return dict(choices), Memory(plain, peak, asked if policy == "auto" else math.inf)
     found = schedule.fit(times, batch_size, asked)
@@ -95,9 +108,7 @@ def _within(
     return _fitted(found, choices, times), Memory(plain, found.peak, asked, found.proven)
 
 
-def _fitted(
-    found: Fitted, choices: Mapping[str, Choice], times: Mapping[str, Mapping[Method, float]]
-) -> dict[str, Choice]:
+def _fitted(found: Fitted, choices: Mapping[str, Choice], times: Times) -> dict[str, Choice]:
     made: dict[str, Choice] = {}
     for name, choice in choices.items():
         method = found.methods[name]
@@ -116,14 +127,15 @@ LONGEST = 2**20
 
 def _with_span(group: GroupCost, device: DeviceSpec, policy: str, batch_size: int) -> Choice:
     """The choice at the sample's lengths; where they are free, with those at which it is the same."""
-    choice = _choose(group, device, policy, batch_size)
+    choice = _choose(group, modelled(group, device, batch_size), policy, batch_size)
     here = max((part.size(T) for part in group.parts if part.free and part.kind in ("outer", "onehot")), default=0)
     if here < 2:
         return choice
 
     def same(positions: int) -> bool:
         scaled = GroupCost(group.name, tuple(_scaled(part, Fraction(positions, here)) for part in group.parts))
-        return _choose(scaled, device, policy, batch_size).method is choice.method
+        times = modelled(scaled, device, batch_size)
+        return _choose(scaled, times, policy, batch_size).method is choice.method
 
     least, greatest = _edge(same, here, 2), _edge(same, here, LONGEST)
     return replace(choice, span=Span(Fraction(least, here), Fraction(greatest, here) if greatest < LONGEST else None))
@@ -149,12 +161,11 @@ def _edge(same: Callable[[int], bool], inside: int, end: int) -> int:
     return inside
 
 
-def _choose(group: GroupCost, device: DeviceSpec, policy: str, batch_size: int) -> Choice:
+def _choose(group: GroupCost, timed: Mapping[Method, float], policy: str, batch_size: int) -> Choice:
     if all(part.kind == "explicit" for part in group.parts):
         return Choice(Method.KEPT, "small: one gradient per sample is kept")
     if any(part.kind == "explicit" for part in group.parts) and Method.KEPT in group.methods:
         return Choice(Method.KEPT, "uses of two kinds: their sum is kept")
-    timed = {m: _time(group, m, device, batch_size) for m in group.methods}
     ghost = min((m for m in timed if m.ghost), key=timed.__getitem__, default=None)
     if policy == "ghost" and ghost is not None:
         return Choice(ghost, "asked for")
@@ -175,11 +186,8 @@ def _choose(group: GroupCost, device: DeviceSpec, policy: str, batch_size: int) 
     return Choice(chosen, f"{why} (1.00; {others})")
 
 
-def _times(group: GroupCost, device: DeviceSpec, policy: str, batch_size: int) -> dict[Method, float]:
-    """Seconds of the methods among which a budget may choose: those of "auto" where two or more are there."""
-    chosen = _choose(group, device, policy, batch_size).method
-    if policy != "auto" or any(part.kind == "explicit" for part in group.parts):
-        return {chosen: _time(group, chosen, device, batch_size)}
+def modelled(group: GroupCost, device: DeviceSpec, batch_size: int) -> dict[Method, float]:
+    """Seconds of every method of a group by the device's rates."""
     return {method: _time(group, method, device, batch_size) for method in group.methods}
 
 

@@ -28,6 +28,7 @@ class GroupReader:
         nodes = captured.nodes()
         joint = backward.program.nodes()
         self.group = group
+        self.batch = backward.program.batch
         self.sites: list[Site] = [site for site in group.sites if site.name in backward.sites]
         self._nodes = nodes
         self._tracked = tracked

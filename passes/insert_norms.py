@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -98,7 +98,7 @@ def _norm_of(graph: fx.Graph, reader: GroupReader, order: Order) -> tuple[fx.Nod
     method = order.plan.method(reader.group.name)
     (made,) = inline(
         graph,
-        _norm(reader, method),
+        norm_function(reader, method),
         reader.inputs,
         "norm",
         vmapped=reader.vmapped,
@@ -165,7 +165,9 @@ def _factor(order: Order, group: int, *, stacked: bool):
     return factor
 
 
-def _norm(reader: GroupReader, method: Method):
+def norm_function(reader: GroupReader, method: Method) -> Callable[..., list[torch.Tensor]]:
+    """Of a group's inputs: its norm [2, B], or the gradients that are kept."""
+
     def norm(*tensors: torch.Tensor) -> list[torch.Tensor]:
         if method.keeps:
             return [reader.explicit_sum(tensors, looped=method is Method.LOOPED)]

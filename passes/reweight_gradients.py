@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -34,7 +35,7 @@ def reweight_gradients(draft: Draft, order: Order) -> Draft:
         else:
             (total,) = inline(
                 graph,
-                _sum(reader),
+                sum_function(reader),
                 [*factor, *reader.inputs],
                 "sum",
                 vmapped=reader.vmapped,
@@ -68,7 +69,9 @@ def _add(*parts: torch.Tensor) -> list[torch.Tensor]:
     return [added(parts)]
 
 
-def _sum(reader: GroupReader):
+def sum_function(reader: GroupReader) -> Callable[..., list[torch.Tensor]]:
+    """Of clip factors, finite samples and a group's inputs: the clipped sum."""
+
     def clipped(factor: torch.Tensor, finite: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
         return [added([weighted_sum(form, factor, finite) for form in reader.combined(tensors)])]
 

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from live_memory import peak_of
 from oracle import PerSampleGradients, assert_close, assert_same_gradients, gradients, per_sample_gradients
 from torch import Tensor, nn
 from zoo import CASES, SAMPLE_BATCH, Case, call
@@ -18,6 +17,7 @@ from zoo import CASES, SAMPLE_BATCH, Case, call
 from dpcompile import CaptureError, DPModule, dpcompile
 from dpcompile.api import Analysis, prove
 from dpcompile.clipping import FUNCTIONS, STABILITY, clipping_of, total_bound
+from dpcompile.live_memory import peak_of
 from dpcompile.shapes import B
 
 R = 0.5

@@ -1,0 +1,100 @@
+"""measure-sites: what norm and clipped sum of every group take on this machine, by each method that may be the best."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from dpcompile.certified import kept_norm
+from dpcompile.forms import weighted_sum_kept
+from dpcompile.ir import Space
+from dpcompile.passes.combine import GroupReader
+from dpcompile.passes.insert_norms import norm_function
+from dpcompile.passes.reweight_gradients import sum_function
+from dpcompile.plan import Costs, GroupCost, Method, Times
+from dpcompile.shapes import B, P
+from dpcompile.torch_internals import fake_mode_of, sample_sizes, trace
+from dpcompile.tuning import Tuner
+
+WORSE = 4.0
+"""How much more time than the best a candidate may take by the model to be measured."""
+LARGEST = 2e9
+"""Bytes that a candidate may need beyond the tensors of its site to be measured."""
+
+
+def measure_sites(
+    readers: Sequence[GroupReader],
+    costs: Costs,
+    modelled: Times,
+    batch_size: int,
+    tuner: Tuner,
+) -> Times:
+    """Seconds by group and method; groups with one method, and candidates that are out of question, are left out."""
+    found: dict[str, dict[Method, float]] = {}
+    for reader, group in zip(readers, costs.groups, strict=True):
+        times = modelled[group.name]
+        if len(group.choices) < 2 or reader.group.space is Space.PULLBACK:
+            continue
+        most = WORSE * min(times.values())
+        near = [m for m, seconds in times.items() if seconds <= most and _space(group, m, batch_size) < LARGEST]
+        if len(near) < 2:
+            continue
+        rows = max(part.size(P) for part in group.parts)
+        kind = str(reader.key).replace(str(reader.batch), "B")
+        what = (kind, batch_size, sorted(method.value for method in near))
+        inputs = functools.cache(functools.partial(_inputs, reader, batch_size, rows))
+        found[group.name] = tuner.seconds(what, {m: functools.partial(_step, reader, m, inputs) for m in near})
+    return found
+
+
+def _space(group: GroupCost, method: Method, batch_size: int) -> float:
+    costs = [part.options[method].numbers({**part.sizes, B: batch_size}) for part in group.parts]
+    return sum(cost.held + cost.transient for cost in costs)
+
+
+def _inputs(reader: GroupReader, batch_size: int, rows: int) -> list[Any]:
+    """Random tensors like those of the group's sites; places of a look-up are among its rows."""
+    sizes = sample_sizes(reader.batch) | {reader.batch.node.expr: batch_size}
+    made = []
+    for node in reader.inputs:
+        value = node.meta["val"]
+        if not isinstance(value, torch.Tensor):
+            made.append(value)
+            continue
+        shape = [s if isinstance(s, int) else int(s.node.expr.subs(list(sizes.items()))) for s in value.shape]
+        if value.is_floating_point():
+            made.append(torch.randn(shape, device=value.device).to(value.dtype))
+        else:
+            made.append(torch.randint(max(rows, 1), shape, device=value.device).to(value.dtype))
+    return made
+
+
+def _step(reader: GroupReader, method: Method, inputs: Callable[[], list[Any]]) -> Callable[[], Any]:
+    """Norm, then clipped sum, as the emitted graph computes them."""
+
+    def both(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        batch = reader.batch
+        (made,) = norm_function(reader, method)(*tensors)
+        device = tensors[0].device
+        factor = torch.ones([batch], device=device)  # pyright: ignore[reportArgumentType]
+        finite = torch.ones([batch], device=device, dtype=torch.bool)  # pyright: ignore[reportArgumentType]
+        if method.keeps:
+            return [kept_norm([made]), weighted_sum_kept(made, factor, finite)]
+        return [made, *sum_function(reader)(factor, finite, *tensors)]
+
+    graph = trace(
+        both,
+        *(node.meta["val"] for node in reader.inputs),
+        mode=fake_mode_of(reader.inputs[0].graph),
+        vmapped=reader.vmapped,
+    )
+    given = inputs()
+
+    def run() -> Any:
+        with torch.no_grad():
+            return graph(*given)
+
+    return run
