@@ -21,6 +21,7 @@ from typing import cast
 
 import torch
 
+from dpcompile import kernels
 from dpcompile.forms import (
     Explicit,
     Form,
@@ -147,8 +148,13 @@ def kept_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([square, torch.zeros_like(square)])
 
 
-def dropped_norm(forms: Sequence[Form]) -> torch.Tensor:
-    """[2, B] from the explicit gradient, which the clipped sum forms once more in another order."""
+def dropped_norm(forms: Sequence[Form], *, tiled: bool = False) -> torch.Tensor:
+    """[2, B] from the explicit gradient, which the clipped sum forms once more in another order.
+
+    `tiled`: by a kernel that writes nothing, for a single use or several that are one (kernels.py).
+    """
+    if tiled and (use := _single(forms)) is not None:
+        return _tiled(use)
     grads: list[torch.Tensor] = []
     error = 0.0
     for form in map(written_out, merge(forms)):
@@ -162,11 +168,35 @@ def dropped_norm(forms: Sequence[Form]) -> torch.Tensor:
     return torch.stack([square, torch.zeros_like(square) + error**2])
 
 
-def ghost_norm(forms: Sequence[Outer | OneHot | Patched]) -> torch.Tensor:
-    """[2, B] of the sum of all forms, none of them made explicit: sum_kl <G_k, G_l>."""
+def _single(forms: Sequence[Form]) -> Outer | None:
+    """The one dense use that all forms are; None where uses share no factor, which sizes alone do not tell."""
+    merged = merge(list(map(written_out, forms)))
+    return merged[0] if len(merged) == 1 and isinstance(merged[0], Outer) else None
+
+
+def _tiled(form: Outer) -> torch.Tensor:
+    """The same by tiles of the gradient, which is rounded as its products are added up and not written down."""
+    rows, cols = form.rows_BGTp.flatten(0, 1), form.cols_BGTd.flatten(0, 1)
+    length, p, d = *rows.shape[1:], cols.shape[2]
+    wide = doubled(form)
+    dtype = kernels.sum_type(rows.dtype, wide=wide)
+    made = SECOND_ORDER * gamma(kernels.terms(length, dtype if wide else rows.dtype), dtype)
+    adding = gamma(kernels.sum_terms(kernels.block_tiles(p, d, dtype), dtype) + 4, dtype)
+    squares = kernels.SQUARED(rows, cols, wide) * (1 + 2 * adding) + p * d * tiny(dtype)
+    error = (made + _sum_gamma(form)) * _length(form)
+    return torch.stack([_over_groups(squares, form.rows_BGTp.shape[:2]), error.square()])
+
+
+def ghost_norm(forms: Sequence[Outer | OneHot | Patched], *, flash: bool = False) -> torch.Tensor:
+    """[2, B] of the sum of all forms, none of them made explicit: sum_kl <G_k, G_l>.
+
+    `flash`: by a kernel that writes no Gram matrix, for a single use or several that are one (kernels.py).
+    """
     merged = cast("list[Outer | OneHot | Patched]", merge(forms))
     if len(merged) == 1 and isinstance(merged[0], Outer) and is_one(merged[0].rows_BGTp.shape[2]):
         return _single_position(merged[0])
+    if flash and (use := _single(merged)) is not None:
+        return _flashed(use)
     wide = any(map(doubled, merged))
     uses = [_measured(in_float64(form) if wide else form) for form in merged]
     square = uses[0].square
@@ -302,6 +332,26 @@ def _pairing(
     by_data = (by_cols + adding) * _weighed(rows_gram, left_cols, right_cols)
     by_data = by_data + by_rows * _weighed(cols_gram, left_rows, right_rows)
     return total + SECOND_ORDER * (by_data + (by_rows + adding) * by_cols * everything)
+
+
+def _flashed(form: Outer) -> torch.Tensor:
+    """[2, B]: as `_pairing` of Gram matrices that are formed and summed in tiles; norms are those of the factors."""
+    rows, cols = form.rows_BGTp.flatten(0, 1), form.cols_BGTd.flatten(0, 1)
+    row_norms, col_norms = _row_norms(rows), _row_norms(cols)
+    wide = doubled(form)
+    dtype = kernels.sum_type(rows.dtype, wide=wide)
+    narrow = dtype if wide else rows.dtype
+    by_rows, by_cols = (gamma(kernels.terms(count, narrow), dtype) for count in (rows.shape[2], cols.shape[2]))
+    adding = gamma(kernels.sum_terms(kernels.pairs_tiles(rows.shape[1], dtype), dtype) + 4, dtype)
+    together, weighed_rows, weighed_cols = kernels.PAIRED(rows, cols, row_norms, col_norms, wide).unbind()
+    lengths = (row_norms * col_norms).sum(1, dtype=torch.float64)
+    by_data = (by_cols + adding) * weighed_rows + by_rows * weighed_cols
+    off = by_data + (by_rows + adding) * by_cols * lengths.square()
+    square = together + rows.shape[1] ** 2 * tiny(dtype) + SECOND_ORDER * off
+    shape = form.rows_BGTp.shape[:2]
+    length = _over_groups(lengths.square(), shape).sqrt()
+    # No bound on a square is negative, but -inf where a product has overflowed: that is no norm of zero.
+    return torch.stack([_over_groups(square, shape).abs(), (_sum_gamma(form) * length).square()])
 
 
 # ------------------------------------------------------------------ Gram matrices and sums
