@@ -20,6 +20,7 @@ from dpcompile.emitted import Emitted
 from dpcompile.errors import CaptureError, DPCompileError
 from dpcompile.inline import Memo
 from dpcompile.ir import Backward, Draft, OutputKind, Program, Tracked, Uses
+from dpcompile.kernels import available
 from dpcompile.lengths import proven
 from dpcompile.passes.capture import Captured, capture
 from dpcompile.passes.check_supported import check_supported
@@ -175,7 +176,7 @@ class Analysis:
         tune: bool = False,
     ) -> Plan:
         readers = self._readers(self.backward)
-        costs = estimate_costs(self.backward, readers)
+        costs = self.costs()
         device = device or spec_for(self.call.device)
         size = batch_size or max(self.call.batch_size, 1)
         times = {group.name: modelled(group, device, size) for group in costs.groups}
@@ -196,10 +197,13 @@ class Analysis:
         lengths = dict(zip((length.name for length in self.call.lengths), sizes, strict=True))
         return replace(plan, checkpointed=self.captured.checkpointed, lengths=lengths)
 
+    def costs(self) -> Costs:
+        """Of every group of uses, by method."""
+        return estimate_costs(self.backward, self._readers(self.backward), kernels=available(self.call.device))
+
     def schedule(self, costs: Costs | None = None, clipping: Clipping | None = None) -> Schedule:
         """The lives of all values of a step, before norm methods are chosen."""
-        readers = self._readers(self.backward)
-        return follow_memory(self.backward, readers, costs or estimate_costs(self.backward, readers), clipping)
+        return follow_memory(self.backward, self._readers(self.backward), costs or self.costs(), clipping)
 
     def without_bounds(self, plan: Plan, clipping: Clipping | None = None, *, mean: bool = True) -> Emitted:
         """The same with norms as computed, to which no bound on rounding is added: not to train with."""

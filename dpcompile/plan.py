@@ -24,10 +24,12 @@ class Method(Enum):
     KEPT = "kept"  # made for the norm, kept until the clip factors are known: no second contraction
     SHIFTED = "shifted"  # ghost norm of a convolution, its Gram of patches read off that of the image's positions
     LOOPED = "looped"  # kept, made by convolution's own backward for one sample after the other
+    FLASH = "flash"  # ghost norm whose Gram matrices are formed and summed in tiles, by a kernel (kernels.py)
+    TILED = "tiled"  # explicit, made for the norm in tiles that are not written down, by a kernel
 
     @property
     def ghost(self) -> bool:
-        return self in (Method.GHOST, Method.SHIFTED)
+        return self in (Method.GHOST, Method.SHIFTED, Method.FLASH)
 
     @property
     def keeps(self) -> bool:

@@ -17,6 +17,8 @@ from dpcompile.units import human
 WIDTH = 140
 PLACES = " +|"  # where a row stands among the uses of one weight: rows.Row.place
 SHORTEST = {"parameter": 24, "reason": 12}  # columns that give way where a table is wider, and how far
+OPTIONAL = (Method.SHIFTED, Method.LOOPED, Method.FLASH, Method.TILED)
+"""Methods that have a column where some row has them."""
 LEGEND = (
     "Times (by the device model), flops of the choice, bytes held from the norm until the clip factors are known: for",
     "the whole batch, and of one layer where a row stands for several (x12). Rows from + to + are uses of one weight.",
@@ -32,7 +34,7 @@ def plan_text(plan: Plan) -> str:
         ("uses", any(row.uses > 1 for row in flat)),
         ("G", any(row.size("G") > 1 for row in flat)),
         ("best for T", any(row.span for row in flat)),
-        *((m.value, any(row.option(m) for row in flat)) for m in (Method.SHIFTED, Method.LOOPED)),
+        *((m.value, any(row.option(m) for row in flat)) for m in OPTIONAL),
     ]
     table = [{k: v for k, v in _cells(row).items() if (k, False) not in optional} for row in flat]
     return "\n".join(

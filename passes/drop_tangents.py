@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dpcompile import joined, patches
+from dpcompile import joined, kernels, patches
 from dpcompile.finite import finite_rows
 from dpcompile.ir import InputKind, OutputKind, Program
 
@@ -30,6 +30,7 @@ _KEEP_ZERO = {
 }  # fmt: skip
 # Zero where any argument is.
 _PRODUCTS = {aten.mul, aten.mm, aten.bmm, aten.matmul, patches.OP.overloadpacket}
+_PRODUCTS |= {kernels.PAIRED.overloadpacket, kernels.SQUARED.overloadpacket}
 _JOINS = (aten.cat, joined.OP.overloadpacket)
 
 UNDERFLOW = 1e-10

@@ -22,18 +22,21 @@ from dpcompile.shapes import B, C, D, G, P, T, U, at
 from dpcompile.torch_internals import fake_mode_of, sample_sizes, trace
 
 
-def estimate_costs(backward: Backward, readers: Sequence[GroupReader]) -> Costs:
-    """Costs of every group that has a live site. Flops of the backbone are counted on the traced graph."""
+def estimate_costs(backward: Backward, readers: Sequence[GroupReader], *, kernels: bool = False) -> Costs:
+    """Costs of every group that has a live site. Flops of the backbone are counted on the traced graph.
+
+    `kernels`: those of kernels.py run where the model does, so that they are options too.
+    """
     nodes = backward.program.nodes()
     itemsizes = {i.node: nodes[i.node].meta["val"].element_size() for i in backward.program.inputs if i.trainable}
     groups = tuple(
-        GroupCost(reader.group.name, tuple(_parts(reader, backward, itemsizes[reader.group.params[0]])))
+        GroupCost(reader.group.name, tuple(_parts(reader, backward, itemsizes[reader.group.params[0]], kernels)))
         for reader in readers
     )
     return Costs(groups, count_flops(backward.program), max(itemsizes.values(), default=4))
 
 
-def _parts(reader: GroupReader, backward: Backward, e: int) -> list[Part]:
+def _parts(reader: GroupReader, backward: Backward, e: int, kernels: bool) -> list[Part]:
     group = reader.group
     kinds: dict[tuple[Any, ...], list[Site]] = {}
     for site in reader.sites:
@@ -53,6 +56,8 @@ def _parts(reader: GroupReader, backward: Backward, e: int) -> list[Part]:
             doubled = e == torch.float32.itemsize and crowded(positions, work.p, work.d)
             plain, options = rules.outer(e, positions, doubled=doubled)
             booked = e * B * G * T * D
+            if kernels and len(merged) == 1 and not reader.vmapped and positions > 1:
+                options |= rules.tiled(e, doubled=doubled)
             if work.overlap is not None:
                 booked = e * B * sympy.Integer(work.overlap.image)
                 sizes |= {C: work.overlap.channels, U: work.overlap.pixels}

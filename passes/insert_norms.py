@@ -174,7 +174,9 @@ def norm_function(reader: GroupReader, method: Method) -> Callable[..., list[tor
         forms = reader.combined(tensors)
         if method is not Method.SHIFTED:
             forms = list(map(written_out, forms))
-        return [ghost_norm(forms) if method.ghost else dropped_norm(forms)]  # type: ignore[arg-type]
+        if method.ghost:
+            return [ghost_norm(forms, flash=method is Method.FLASH)]  # type: ignore[arg-type]
+        return [dropped_norm(forms, tiled=method is Method.TILED)]
 
     return norm
 

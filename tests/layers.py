@@ -123,7 +123,7 @@ def _plans(analysis: Analysis) -> dict[str, Plan]:
         plans[policy] = choose_norms(
             analysis.program, analysis.uses, auto.costs, auto.device, policy=policy, batch_size=auto.batch_size
         )
-    for method in (Method.EXPLICIT, Method.KEPT, Method.SHIFTED, Method.LOOPED):
+    for method in (m for m in Method if m is not Method.GHOST):
         plan = plans["explicit"]
         able = {group.name for group in plan.costs.groups if method in group.methods}
         choices = {name: Choice(method, "forced") if name in able else old for name, old in plan.choices.items()}

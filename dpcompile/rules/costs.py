@@ -8,7 +8,10 @@ Flops are those of the matrix products in forms.py and equal what torch's FlopCo
     explicit  -                   0               2 B p
     cross     2 B T_1 T_2 d       0               0                                 ours: tied look-up and head
     shifted   2 B G (U^2 C + T^2 p)               2 B G T p d                       ours: convolutions (patches.py)
+    flash     B G T (T + 1) (p + d)               2 B G T p d                       ours: outer by kernels (kernels.py)
+    tiled                         2 B G T p d     2 B G T p d                       ours: the same
 
+Of the symmetric Gram matrices `flash` counts pairs t <= s alone, although its tiles on the diagonal are formed whole.
 A single use at one position (T = 1) needs no Gram: its norm is the product of two norms.
 """
 
@@ -66,6 +69,20 @@ def overlapping(e: int, kernel: tuple[int, ...], *, doubled: bool) -> dict[Metho
             booked,
         ),
         Method.LOOPED: Cost(contraction + 2 * kept, e * (read + 8 * kept + weights), e * kept, e * kept, B),
+    }
+
+
+def tiled(e: int, *, doubled: bool) -> dict[Method, Cost]:
+    """By kernels, of several positions: options beside those of `outer`. Partial sums are too few to count."""
+    contraction, read = 2 * B * G * T * P * D, B * G * T * (P + D)
+    gram = B * G * T * (T + 1) * (P + D)
+    copies = 2 * read if doubled else ZERO  # for the clipped sum alone
+    rescale = 2 * B * G * T * sympy.Min(P, D)
+    moved = e * (3 * read + 2 * copies + rescale + G * P * D)  # read for norms of positions, by the kernel, for the sum
+    norms, booked = 2 * e * B * G * T, e * B * G * T * P
+    return {
+        Method.FLASH: Cost(gram + contraction, moved, norms, booked),
+        Method.TILED: Cost(2 * contraction, moved, norms, booked),
     }
 
 

@@ -1,0 +1,306 @@
+"""What kernels compute, tile by tile in Triton's interpreter. tests/test_kernels.py runs it in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from layers import Apply, TiedLanguageModel, check_module, compile_all, draw, loss_at, randomised, step
+from oracle import PerSampleGradients, assert_close, per_sample_gradients
+from test_certified import ALLOWED, TRICKS, Sequences, contribution, norm_of
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dpcompile import dpcompile, kernels
+from dpcompile.certified import dropped_norm, gamma, ghost_norm
+from dpcompile.forms import Form, Outer, doubled, explicit, in_float64
+from dpcompile.plan import Method
+from dpcompile.shapes import B
+
+WAYS: dict[str, Callable[[list[Form]], Tensor]] = {
+    "flash": lambda forms: ghost_norm(forms, flash=True),  # type: ignore[arg-type]
+    "tiled": lambda forms: dropped_norm(forms, tiled=True),
+}
+FORCED = ("forced-flash", "forced-tiled")
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+pytestmark = [  # numpy's, of numbers that are infinite on a device as well
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+]
+search = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+
+as_on_a_device = mock.patch.multiple(kernels, SIDE=kernels.SIDE, DEPTH=kernels.DEPTH, SPAN=64)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_tiles() -> Iterator[None]:
+    """Several tiles, steps and spans of a few numbers."""
+    with mock.patch.multiple(kernels, SIDE=16, DEPTH=4, SPAN=8):
+        yield
+
+
+def test_the_interpreter_is_there() -> None:
+    assert kernels.available(torch.device("cpu")), "triton is not installed: it is one of the packages for development"
+
+
+# ------------------------------------------------------------------ the two ops
+
+
+def laid_out(shape: tuple[int, int, int], layout: str, dtype: torch.dtype) -> Tensor:
+    """Random numbers with these strides: as they are written, transposed, every other one, or one for all samples."""
+    samples, length, width = shape
+    if layout == "transposed":
+        return torch.randn(samples, width, length).to(dtype).transpose(1, 2)
+    if layout == "strided":
+        return torch.randn(samples, 2 * length, 3 * width).to(dtype)[:, ::2, ::3]
+    if layout == "expanded":
+        return torch.randn(1, length, width).to(dtype).expand(shape)
+    return torch.randn(shape).to(dtype)
+
+
+layouts = st.sampled_from(["plain", "transposed", "strided", "expanded"])
+
+
+@search
+@given(
+    samples=st.sampled_from([0, 1, 2]),
+    length=st.sampled_from([0, 1, 2, 7, 16, 40]),
+    p=st.sampled_from([1, 3, 16, 35]),
+    d=st.sampled_from([1, 2, 8, 33]),
+    row_layout=layouts,
+    col_layout=layouts,
+    dtype=st.sampled_from(DTYPES),
+    wide=st.booleans(),
+)
+def test_sums_are_as_near_to_the_truth_as_is_stated(
+    samples: int, length: int, p: int, d: int, row_layout: str, col_layout: str, dtype: torch.dtype, wide: bool
+) -> None:
+    torch.manual_seed(0)
+    rows, cols = laid_out((samples, length, p), row_layout, dtype), laid_out((samples, length, d), col_layout, dtype)
+    r, c = (x.double().norm(dim=2).to(torch.float64 if dtype is torch.float64 else torch.float32) for x in (rows, cols))
+    K, A = (x.double() @ x.double().mT for x in (rows, cols))
+    rr, cc = (x[:, :, None].double() * x[:, None].double() for x in (r, c))
+    total = kernels.sum_type(dtype, wide=wide)
+    of_K, of_A, of_G = (gamma(kernels.terms(n, total if wide else dtype), total) for n in (p, d, length))
+    adding = 2 * gamma(kernels.sum_terms(kernels.pairs_tiles(length, total), total) + 4, total)
+
+    found = kernels.PAIRED(rows, cols, r, c, wide)
+    sums = [(K * A), K.abs() * cc, A.abs() * rr]
+    off = [of_K * rr * A.abs() + of_A * K.abs() * cc + (of_K * of_A + adding) * rr * cc]
+    off += [(of_K + adding) * rr * cc, (of_A + adding) * rr * cc]
+    for got, exact, most in zip(found, sums, off, strict=True):
+        assert ((got - exact.sum((1, 2))).abs() <= 1e-30 + 1.01 * most.sum((1, 2))).all()
+
+    grad, sizes = rows.double().mT @ cols.double(), rows.double().abs().mT @ cols.double().abs()
+    squares = kernels.SQUARED(rows, cols, wide)
+    most = 2 * of_G * (grad.abs() * sizes).sum((1, 2)) + (of_G**2 + adding) * sizes.square().sum((1, 2))
+    assert ((squares - grad.square().sum((1, 2))).abs() <= 1e-30 + 1.01 * most).all()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_compilers_are_told_the_truth_about_them(wide: bool) -> None:
+    x = torch.randn(2, 5, 3)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(kernels.PAIRED, (x, x, x[..., 0], x[..., 0], wide), test_utils=checks)
+    torch.library.opcheck(kernels.SQUARED, (x, x, wide), test_utils=checks)
+
+
+@as_on_a_device
+def test_tiles_of_the_size_that_a_device_gets() -> None:
+    torch.manual_seed(0)
+    rows, cols = torch.randn(2, 150, 70, dtype=torch.float64), torch.randn(2, 150, 130, dtype=torch.float64)
+    found = kernels.PAIRED(rows, cols, rows.norm(dim=2), cols.norm(dim=2), False)[0]
+    squares = kernels.SQUARED(rows, cols, False)
+    truth = (rows.mT @ cols).square().sum((1, 2))
+    torch.testing.assert_close(found, truth, rtol=1e-13, atol=0)
+    torch.testing.assert_close(squares, truth, rtol=1e-13, atol=0)
+
+
+# ------------------------------------------------------------------ the certified norms
+
+
+@search
+@given(
+    way=st.sampled_from(sorted(WAYS)),
+    shape=st.tuples(st.sampled_from([0, 1, 2]), st.sampled_from([1, 2]), st.integers(1, 40)),
+    p=st.integers(1, 40),
+    d=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    mean=st.sampled_from([0.0, 0.5]),
+    seed=st.integers(0, 10**6),
+)
+def test_a_square_is_at_least_the_truth_and_hardly_more(
+    way: str, shape: tuple[int, int, int], p: int, d: int, dtype: torch.dtype, mean: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    rows, cols = torch.randn(*shape, p).to(dtype), (torch.randn(*shape, d) + mean).to(dtype)
+    form = Outer(rows, cols, (shape[1], p, d), (1,), (2,), (0,))
+    square, error = WAYS[way]([form])
+    truth = explicit(in_float64(form)).square().flatten(1).sum(1)
+    assert (square >= truth).all()
+    sizes = (rows.double().norm(dim=3) * cols.double().norm(dim=3)).sum(2).square().sum(1)
+    assert (square <= truth + 1e-3 * sizes).all()  # of positions that cancel, what they cancel to is uncertain
+    ordinary = truth >= 0.1 * sizes
+    assert (square <= truth * (1 + 1e-3))[ordinary].all()
+    assert (error <= 1e-4 * sizes).all() or dtype in kernels.NARROW  # there it is that of writing the sum down
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_uses_are_one_and_uses_that_share_no_factor_are_not_taken_for_one(way: str) -> None:
+    torch.manual_seed(0)
+    rows, cols = torch.randn(2, 1, 6, 4), torch.randn(2, 1, 6, 5)
+    first = Outer(rows, cols, (4, 5), (0,), (1,))
+    again = Outer(cols.flip(2), rows, (4, 5), (1,), (0,))  # of the transposed weight
+    truth = (explicit(in_float64(first)) + explicit(in_float64(again)).reshape(2, 4, 5)).flatten(1).norm(dim=1)
+    assert_close(norm_of(WAYS[way]([first, again])), truth, 1e-4, way)
+
+    square, other = torch.randn(2, 1, 6, 2), torch.randn(2, 1, 6, 4)
+    left, right = Outer(square, other, (2, 2, 2), (0,), (1, 2)), Outer(other, square, (2, 2, 2), (0, 1), (2,))
+    truth = (explicit(in_float64(left)) + explicit(in_float64(right))).flatten(1).norm(dim=1)
+    assert_close(norm_of(WAYS[way]([left, right])), truth, 1e-4, way)
+
+
+@search
+@given(
+    way=st.sampled_from(sorted(WAYS)),
+    trick=st.sampled_from(TRICKS),
+    again=st.sampled_from(TRICKS),
+    length=st.sampled_from([1, 2, 3, 17, 40]),
+    d=st.sampled_from([1, 2, 7, 40]),
+    p=st.sampled_from([1, 3, 32]),
+    seed=st.integers(0, 10**6),
+    bound=st.sampled_from([1e-12, 1e-3, 1.0, 1e6]),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
+)
+def test_no_sequence_contributes_more_than_its_share(
+    way: str,
+    trick: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    again: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    length: int,
+    d: int,
+    p: int,
+    seed: int,
+    bound: float,
+    dtype: torch.dtype,
+) -> None:
+    """As of other norms: tests/test_certified.py."""
+    torch.manual_seed(seed)
+    rows, cols = again(*trick(torch.randn(length, p), torch.randn(length, d)))
+    form = Outer(rows.to(dtype)[None, None], cols.to(dtype)[None, None], (p, d), (0,), (1,))
+    allowed = ALLOWED if dtype is torch.float32 else 1 + 2 * torch.finfo(dtype).eps
+    assert contribution(form, norm_of(WAYS[way]([form])), bound=bound) <= allowed
+
+
+# ------------------------------------------------------------------ compiled models
+
+
+def shared(m: Any, x: Tensor) -> Tensor:
+    return nn.functional.linear(nn.functional.linear(x, m.w).tanh(), m.w.t())
+
+
+MODULES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "sequences": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(3, 18, 4)),
+    "convolutions": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, groups=2), nn.Tanh(), nn.Conv2d(4, 2, 2, stride=2)),
+        torch.randn(3, 2, 5, 5),
+    ),
+    "a weight and its transpose": (lambda: Apply(shared, w=(5, 4)), torch.randn(3, 6, 4)),
+    "a look-up and a head": (TiedLanguageModel, torch.tensor([[0, 1, 2], [5, 3, 4], [4, 4, 1]])),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_compiled_models_agree_with_one_sample_at_a_time(name: str) -> None:
+    build, sample = MODULES[name]
+    found = check_module(build(), sample, batch_sizes=(2, 0), methods=FORCED)
+    for way, method in zip(FORCED, (Method.FLASH, Method.TILED), strict=True):
+        assert method in {choice.method for choice in found.emitted[way].plan.choices.values()}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_flops_equal_the_counted_ones(name: str) -> None:
+    build, sample = MODULES[name]
+    module = randomised(build())
+    sample = sample.double() if sample.is_floating_point() else sample
+    compiled = compile_all(module, sample, methods=FORCED)
+    inputs = draw(compiled.analysis, sample, 2)
+    for emitted in compiled.emitted.values():
+        with FlopCounterMode(display=False) as counter:
+            step(module, emitted, inputs, loss_at(0))
+        assert int(emitted.plan.flops().subs(B, 2)) == counter.get_total_flops()
+
+
+def test_compilers_pass_them_by() -> None:
+    module = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    check_module(module, torch.randn(3, 6, 4), batch_sizes=(3,), methods=("forced-flash",), backend="aot_eager")
+
+
+def methods_of(dp_model: nn.Module) -> set[Method]:
+    return {choice.method for choice in dp_model.plan.choices.values()}
+
+
+def test_one_graph_serves_every_length_and_the_plan_has_a_column() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    sample = torch.randn(2, 6, 4, dtype=torch.double)
+    dp_model = dpcompile(model, sample, norm_method="ghost", dynamic=[{1: "length"}], loss_reduction="sum")
+    assert Method.FLASH in methods_of(dp_model)
+    assert "flash  tiled" in str(dp_model.plan)
+    for length in (6, 19, 2):
+        x = torch.randn(3, length, 4, dtype=torch.double)
+        truth: PerSampleGradients = per_sample_gradients(
+            model, lambda out, _: out.square().sum((1, 2)), x, torch.zeros(3)
+        )
+        dp_model(x).square().sum().backward()
+        assert_close(dp_model.per_sample_norms, truth.norms, 1e-8, f"length {length}")
+
+
+def test_an_output_left_out_of_the_loss_costs_nothing() -> None:
+    heads = {"used": nn.Linear(4, 3), "unused": nn.Linear(4, 2)}
+    model = Apply(lambda m, x: (m.used(x), m.unused(x)), modules=heads)
+    x = torch.randn(3, 6, 4)
+    dp_model = dpcompile(model, x, norm_method="ghost", max_grad_norm=1e6, validate="off")
+    with FlopCounterMode(display=False) as counter:
+        dp_model(x)[0].square().sum((1, 2)).mean().backward()
+    assert Method.FLASH in methods_of(dp_model)
+    assert counter.get_total_flops() < int(dp_model.plan.flops().subs(B, 3)) - 2 * 3 * 6 * 4 * 2
+    assert model.unused.weight.grad is None or not model.unused.weight.grad.any()
+
+
+@as_on_a_device
+@pytest.mark.parametrize("trick", TRICKS)
+def test_what_a_compiled_model_adds_for_one_sample_is_at_most_the_bound(
+    trick: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> None:
+    """A crowd of positions in float32, whose Gram matrices are added up in float64."""
+    torch.manual_seed(0)
+    made = [trick(torch.randn(32, 4), torch.randn(32, 24)) for _ in range(2)]
+    g_BTp, x_BTd = torch.stack([rows for rows, _ in made]), torch.stack([cols for _, cols in made])
+    dp_model = compiled(x_BTd)
+    for i in range(2):
+        dp_model.zero_grad()
+        (dp_model(x_BTd, sample_weight=torch.eye(2)[i]) * g_BTp).sum().backward()
+        grads = [p.grad.double().flatten() for p in dp_model.parameters() if p.grad is not None]
+        assert torch.cat(grads).norm().item() <= 1e-3 * ALLOWED
+
+
+COMPILED: dict[int, nn.Module] = {}
+
+
+def compiled(x: Tensor) -> nn.Module:
+    length = x.shape[1]
+    if length not in COMPILED:
+        dp_model = dpcompile(Sequences(24, 4), x, norm_method="ghost", max_grad_norm=1e-3, loss_reduction="sum")
+        assert Method.FLASH in methods_of(dp_model)
+        assert doubled(Outer(torch.ones(1, 1, length, 4), torch.ones(1, 1, length, 24), (4, 24), (0,), (1,))) == (
+            length > 32
+        )
+        COMPILED[length] = dp_model
+    return COMPILED[length]
