@@ -207,7 +207,14 @@ def ghost_norm(forms: Sequence[Outer | OneHot | Patched], *, flash: bool = False
             error = error + _sum_gamma(merged[k]) * left.length
         for right in uses[k + 1 :]:
             square = square + 2 * _cross(left, right)
-    return torch.stack([square.clamp(min=0), error.square()])
+    return torch.stack([_never_negative(square), error.square()])
+
+
+def _never_negative(square: torch.Tensor) -> torch.Tensor:
+    """The bound on a square, which is negative by a rounding at most; or by -inf, where a product of two positions has
+    overflowed and that of each with itself just not. That is no norm of zero: it becomes an infinite one.
+    """
+    return square.abs()
 
 
 def _single_position(form: Outer) -> torch.Tensor:
@@ -350,8 +357,7 @@ def _flashed(form: Outer) -> torch.Tensor:
     square = together + rows.shape[1] ** 2 * tiny(dtype) + SECOND_ORDER * off
     shape = form.rows_BGTp.shape[:2]
     length = _over_groups(lengths.square(), shape).sqrt()
-    # No bound on a square is negative, but -inf where a product has overflowed: that is no norm of zero.
-    return torch.stack([_over_groups(square, shape).abs(), (_sum_gamma(form) * length).square()])
+    return torch.stack([_never_negative(_over_groups(square, shape)), (_sum_gamma(form) * length).square()])
 
 
 # ------------------------------------------------------------------ Gram matrices and sums

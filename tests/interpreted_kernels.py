@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layers import Apply, TiedLanguageModel, check_module, compile_all, draw, loss_at, randomised, step
 from oracle import PerSampleGradients, assert_close, per_sample_gradients
-from test_certified import ALLOWED, TRICKS, Sequences, contribution, norm_of
+from test_certified import ALLOWED, TRICKS, Sequences, contribution, norm_of, on_the_brink
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -196,6 +196,12 @@ def test_no_sequence_contributes_more_than_its_share(
     form = Outer(rows.to(dtype)[None, None], cols.to(dtype)[None, None], (p, d), (0,), (1,))
     allowed = ALLOWED if dtype is torch.float32 else 1 + 2 * torch.finfo(dtype).eps
     assert contribution(form, norm_of(WAYS[way]([form])), bound=bound) <= allowed
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_product_that_overflows_below_zero_is_no_norm_of_zero(way: str) -> None:
+    for form in (form for seed in range(3) for form in on_the_brink(seed)):
+        assert contribution(form, norm_of(WAYS[way]([form])), bound=1.0) <= ALLOWED
 
 
 # ------------------------------------------------------------------ compiled models

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -201,6 +201,22 @@ def test_a_plain_gram_is_deceived() -> None:
     form = Outer(rows[None, None], cols[None, None], (3, 64), (0,), (1,))
     assert contribution(form, gram, bound=1.0) > 1.05
     assert max(ratios(form, 1.0).values()) <= ALLOWED
+
+
+def on_the_brink(seed: int) -> Iterator[Outer]:
+    """Two positions that nearly cancel, of all sizes at which products of norms begin to overflow, number by number."""
+    torch.manual_seed(seed)
+    v, more = torch.randn(64), 3e-4 * torch.randn(64)
+    rows = torch.stack([v, -(v + more - (v @ more) / v.square().sum() * v)])
+    size = (torch.finfo(torch.float32).max / v.double().square().sum()).sqrt().float()
+    for step in range(-4, 5):
+        col = (size.view(torch.int32) + step).view(torch.float32)
+        yield Outer(rows[None, None], col.expand(1, 1, 2, 1), (64, 1), (0,), (1,))
+
+
+def test_a_product_that_overflows_below_zero_is_no_norm_of_zero() -> None:
+    for form in (form for seed in range(60) for form in on_the_brink(seed)):
+        assert max(ratios(form, 1.0).values()) <= ALLOWED
 
 
 @pytest.mark.parametrize("seed", range(3))
