@@ -30,6 +30,39 @@ def test_kernels_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+PLAIN, CONSTANT = "i32", "constexpr"
+POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="triton is made for Linux")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="triton was told to interpret")
+@pytest.mark.parametrize("name", ["paired", "squared"])
+@pytest.mark.parametrize(("dtype", "product"), [(torch.float32, "fma.rn.f32"), (torch.bfloat16, ".f32.bf16.bf16")])
+def test_they_compile_for_devices_that_are_not_there(
+    name: str, dtype: torch.dtype, product: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For Ampere and Hopper, with products of whole float32 numbers and bfloat16 on tensor cores."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from dpcompile import tiles
+
+    kernel = getattr(tiles, name)
+    given = dict.fromkeys(kernel.arg_names, PLAIN)
+    given |= {"rows": POINTERS[dtype], "cols": POINTERS[dtype], "partial": POINTERS[torch.float64]}
+    given |= {norms: POINTERS[torch.float32] for norms in given if norms.endswith("_norms")}
+    constants = {"FACTOR": tiles.TYPES[dtype], "TOTAL": tiles.TYPES[torch.float32]}
+    constants |= {"SIDE": kernels.SIDE, "DEPTH": kernels.DEPTH, "SPAN": kernels.SPAN}
+    constants |= {stride: 1 for stride in given if stride.endswith("_stride_k")}
+    source = ASTSource(kernel, given | dict.fromkeys(constants, CONSTANT), constants)
+    for capability in (80, 90):
+        made = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True})
+        assert product in made.asm["ptx"]
+        assert "tf32" not in made.asm["ptx"]
+
+
 @pytest.fixture
 def compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose kernels are not interpreted."""
