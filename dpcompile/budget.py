@@ -21,9 +21,10 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array, csr_array, hstack
 
+from dpcompile.forms import crowded
 from dpcompile.memory import Bytes, Life, Root, Timeline
 from dpcompile.plan import GroupCost, Method, Numbers, Times
-from dpcompile.shapes import B, D, G, P, T
+from dpcompile.shapes import B, C, D, G, P, T, U
 
 SECONDS = 20.0
 """After which the best plan found so far is taken."""
@@ -50,21 +51,34 @@ class Use:
         """Gradients that wait for the clip factors."""
         return _affine(lambda size: sum(cost.held for cost in self._costs(method, size))) if method.keeps else Bytes()
 
-    def during_norm(self, method: Method) -> Bytes:
+    def during_norm(self, method: Method, itemsize: int) -> Bytes:
         """Alive only while the norm is taken, and not kept."""
 
         def beyond(size: int) -> float:
             costs = self._costs(method, size)
             return max(sum(cost.transient - (cost.held if method.keeps else 0.0) for cost in costs), 0.0)
 
-        return _affine(beyond)
+        return _affine(beyond) + self._joined(itemsize)
 
-    def during_sum(self, method: Method, itemsize: int) -> Bytes:
-        """Alive only while the clipped sum is formed: one factor with each sample's weight in it."""
+    def _joined(self, itemsize: int) -> Bytes:
+        """Of several uses of one weight, put side by side."""
+        several = (part.sizes for part in self.cost.parts if part.uses > 1 and part.kind in ("outer", "onehot"))
+        return Bytes(each=float(sum(itemsize * s[G] * s[T] * (s[P] + s[D]) for s in several)))
+
+    def before_sum(self, method: Method, itemsize: int) -> Bytes:
+        """Alive only while the clipped sum is made ready: a factor with each sample's weight, which takes its place.
+
+        Where products are added up in float64, both factors are there in float64 too.
+        """
         if method.keeps:
             return Bytes()
-        sizes = [part.sizes for part in self.cost.parts if part.kind == "outer"]
-        return Bytes(each=float(sum(itemsize * s[G] * s[T] * min(s[P], s[D]) for s in sizes)))
+        total = 0
+        for s in (part.sizes for part in self.cost.parts if part.kind == "outer"):
+            total += s[G] * s[T] * min(s[P], s[D])
+            if itemsize == 4 and crowded(s[T], s[P], s[D]):
+                columns = s[U] * s[C] if U in s else s[T] * s[D]  # the image, of a convolution
+                total += 2 * s[G] * (s[T] * s[P] + columns)
+        return Bytes(each=float(itemsize * total)) + self._joined(itemsize)
 
     def _costs(self, method: Method, batch_size: int) -> list[Numbers]:
         return [part.options[method].numbers({**part.sizes, B: batch_size}) for part in self.cost.parts]
@@ -95,14 +109,15 @@ class Schedule:
 
     def plain(self) -> Timeline:
         """Memory of plain training of the same graph: each use makes its part of the gradient at once."""
-        deaths = {root: life.death for root, life in self.lives.items()}
+        deaths = {root: 2 * life.death for root, life in self.lives.items()}
         made: list[Life] = []
+        end = 2 * self.length  # even moments are those of the ops, odd ones those behind them
         for use in self.uses:
             for i, (at, reads) in enumerate(use.plain):
-                deaths.update({root: max(deaths[root], at) for root in reads})
-                made.append(Life(use.gradient, at, at if i else self.length - 1))  # later ones are added to the first
-        lives = [Life(life.size, life.birth, deaths[root]) for root, life in self.lives.items()]
-        return Timeline.of([*lives, *made], self.length)
+                deaths.update({root: max(deaths[root], 2 * at + 1) for root in reads})
+                made.append(Life(use.gradient, 2 * at + 1, 2 * at + 1 if i else end - 1))  # later ones are added to it
+        lives = [Life(life.size, 2 * life.birth, deaths[root]) for root, life in self.lives.items()]
+        return Timeline.of([*lives, *made], end)
 
     def private(self, methods: Mapping[str, Method]) -> Timeline:
         """Memory of private training by a plan."""
@@ -124,7 +139,7 @@ class _Programme:
     """Columns: one choice for each group and method, then whether each value waits for each clip group's factors.
 
     Every column, as every value of the backbone, is so many bytes from one moment to another. The moments are those of
-    the backbone with one more for each norm, and for each clipped sum behind the last norm of its clip group.
+    the backbone with one more for each norm, and two for each clipped sum behind the last norm of its clip group.
     """
 
     def __init__(self, schedule: Schedule, options: Mapping[str, Iterable[Method]]) -> None:
@@ -145,8 +160,8 @@ class _Programme:
         for i, (name, method) in enumerate(self.columns):
             use, at, later = self._uses[name], norms[name], sums[name]
             self._chosen.append((i, Life(use.kept(method), at, later)))
-            self._chosen.append((i, Life(use.during_norm(method), at, at)))
-            self._chosen.append((i, Life(use.during_sum(method, schedule.itemsize), later, later)))
+            self._chosen.append((i, Life(use.during_norm(method, schedule.itemsize), at, at)))
+            self._chosen.append((i, Life(use.before_sum(method, schedule.itemsize), later - 1, later - 1)))
         self._waits = list(waits)
         for i, (root, clip_group) in enumerate(waits, start=len(self.columns)):
             if deaths[root] < waits[root, clip_group]:
@@ -239,7 +254,7 @@ def _moments(schedule: Schedule) -> tuple[list[int], dict[str, int], dict[str, i
     for use in schedule.uses:
         behind[use.norm].append((use.name, norms))
     for use in reversed(schedule.uses):  # the order in which they are written
-        behind[ends[use.clip_group]].append((use.name, sums))
+        behind[ends[use.clip_group]] += [(use.name, sums), (use.name, sums)]  # made ready, and formed
     starts: list[int] = []
     clock = itertools.count()
     for position in range(schedule.length):

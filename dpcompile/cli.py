@@ -27,11 +27,11 @@ from dpcompile.cli_common import (
     SetOption,
     TargetArgument,
     proven,
+    rates_of,
     say,
     told,
     write,
 )
-from dpcompile.device import spec_named
 from dpcompile.drawing import flow_of, uses_of, write_svg
 from dpcompile.errors import DPCompileError
 from dpcompile.explain import chains_text, proof_text
@@ -66,7 +66,7 @@ def report(
     with told():
         loaded = load_target(target, inputs or (), batch=batch, seq=seq, settings=settings or ())
         analysis = proven(loaded, dynamic or ()).conclude()
-        plan = analysis.plan(policy.value, device=spec_named(device), batch_size=batch)
+        plan = analysis.plan(policy.value, device=rates_of(device), batch_size=batch)
         if file is not None:
             write(file, json.dumps(plan_dict(plan), indent=1) + "\n")
         say(f"{target}: {type(loaded.model).__name__}, {analysis.call.describe()}")

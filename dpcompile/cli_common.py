@@ -16,6 +16,7 @@ from rich.console import Console
 
 from dpcompile.api import Proof, prove
 from dpcompile.calls import bind_sample
+from dpcompile.device import DeviceSpec, spec_named
 from dpcompile.errors import CaptureError, DPCompileError
 from dpcompile.specs import TargetError
 from dpcompile.targets import Target, misfit
@@ -65,6 +66,14 @@ def proven(target: Target, dynamic: Sequence[str] = ()) -> Proof:
         if reason is None:
             raise
         raise TargetError(f"{type(target.model).__name__} does not take this sample input: {reason}") from error
+
+
+def rates_of(device: str) -> DeviceSpec:
+    """Of what --device names."""
+    try:
+        return spec_named(device)
+    except ValueError as error:
+        raise TargetError(f"--device: {error}") from None
 
 
 def _free_dims(texts: Sequence[str]) -> dict[str, list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,11 +21,12 @@ from dpcompile.cli_common import (
     SetOption,
     TargetArgument,
     proven,
+    rates_of,
     say,
     told,
     write,
 )
-from dpcompile.device import calibrated, save, spec_named
+from dpcompile.device import calibrated, save
 from dpcompile.largest import largest_batches
 from dpcompile.live_memory import peak_of
 from dpcompile.report import table_text
@@ -55,7 +56,7 @@ def maxbatch(
         size, free = _bytes(memory), _bytes(reserve)
         loaded = load_target(target, inputs or (), batch=batch, seq=seq, settings=settings or ())
         analysis = proven(loaded).conclude()
-        found = largest_batches(analysis, size, spec_named(device), free)
+        found = largest_batches(analysis, size, rates_of(device), free)
         plain = analysis.schedule().plain()
         peaks = {"plain": (found.plain, plain.peak(found.plain) if found.plain else 0.0)}
         peaks["private"] = (found.private, found.plan.memory.peak if found.plan.memory else 0.0)
@@ -106,18 +107,18 @@ def _bytes(text: str) -> float:
 def _counted(target: Target, form: str, size: int, sample_size: int, memory: Any) -> float:
     """Peak of one step at a batch of `size`, as counted while it runs."""
     model = target.model.train()
-    sample = target.sample_input
-    if form == "private":
-        budget = max(float(memory.budget), 100.0)
-        model = dpcompile(model, sample, memory_budget=budget, validate="off")
 
     def grown(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.dim() == 0 or value.shape[0] != sample_size:
             return value
         return value.repeat(-(-size // sample_size), *(1 for _ in value.shape[1:]))[:size]
 
-    batch = pytree.tree_map(grown, sample)
-    call: Callable[[], Any] = lambda: model(**batch) if isinstance(batch, Mapping) else model(*_tuple(batch))  # noqa: E731
+    batch = pytree.tree_map(grown, target.sample_input)
+    if form == "private":
+        model = dpcompile(model, batch, memory_budget=float(memory.budget), validate="off")
+
+    def call() -> Any:
+        return model(**batch) if isinstance(batch, Mapping) else model(*_tuple(batch))
 
     def step() -> None:
         outputs = [v for v in pytree.tree_leaves(call()) if isinstance(v, torch.Tensor) and v.requires_grad]

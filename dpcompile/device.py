@@ -8,13 +8,11 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from dpcompile.specs import TargetError
 
 
 @dataclass(frozen=True)
@@ -32,21 +30,25 @@ class DeviceSpec:
 # Sustained on two cores of a server CPU with AVX-512: sgemm 4096^3, and a copy of 1 GB.
 CPU = DeviceSpec("cpu", 1.5e11, 1.2e10, 2e-5)
 # Data sheets at 60 % of the peaks, float32 without TF32: H100 SXM 67e12 and HBM3 3.35e12 B/s, A100 19.5e12 and 2.0e12.
-H100 = DeviceSpec("h100", 4.0e13, 2.0e12, 1e-5)
-A100 = DeviceSpec("a100", 1.2e13, 1.2e12, 1e-5)
-NAMED = {"cpu": CPU, "cuda": H100, "h100": H100, "a100": A100}
+CUDA = DeviceSpec("cuda", 4.0e13, 2.0e12, 1e-5)
+NAMED = {
+    "cpu": CPU,
+    "cuda": CUDA,
+    "h100": replace(CUDA, name="h100"),
+    "a100": DeviceSpec("a100", 1.2e13, 1.2e12, 1e-5),
+}
 
 
 def spec_for(device: torch.device) -> DeviceSpec:
     """As calibrated on this machine, else the one that stands for all of its kind."""
-    return _saved().get(device_name(device)) or (H100 if device.type == "cuda" else CPU)
+    return _saved().get(device_name(device)) or (CUDA if device.type == "cuda" else CPU)
 
 
 def spec_named(text: str) -> DeviceSpec:
     """Of a device that need not be here: a name, or a file that `dpcompile calibrate-device --json` wrote.
 
     Raises:
-        TargetError: neither.
+        ValueError: neither.
     """
     if text == "cpu" or (text == "cuda" and torch.cuda.is_available()):
         return spec_for(torch.device(text))
@@ -55,7 +57,7 @@ def spec_named(text: str) -> DeviceSpec:
     try:
         return DeviceSpec(**json.loads(Path(text).read_text()))
     except (OSError, ValueError, TypeError):
-        raise TargetError(f"--device {text!r} is none of {', '.join(NAMED)}, nor a file of calibrate-device") from None
+        raise ValueError(f"{text!r} is none of {', '.join(NAMED)}, nor a file of calibrate-device") from None
 
 
 # ---------------------------------------------------------------- this machine

@@ -19,14 +19,18 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.peak = 0
         self._alive: dict[int, int] = {}
+        self._given: dict[int, torch.UntypedStorage] = {}  # what ops read and none of them has made
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata not in self._alive:
+                self._given[value.untyped_storage()._cdata] = value.untyped_storage()
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor):
                 storage = value.untyped_storage()
                 key = storage._cdata
-                if key not in self._alive:
+                if key not in self._alive and key not in self._given:
                     self._alive[key] = storage.nbytes()
                     weakref.finalize(storage, self._alive.pop, key, None)
                     self.peak = max(self.peak, sum(self._alive.values()))

@@ -14,6 +14,7 @@ from dpcompile.ir import Space
 from dpcompile.passes.combine import GroupReader
 from dpcompile.passes.insert_norms import norm_function
 from dpcompile.passes.reweight_gradients import sum_function
+from dpcompile.passes.tidy import drop_no_ops, merge_common, reshape_views
 from dpcompile.plan import Costs, GroupCost, Method, Times
 from dpcompile.shapes import B, P
 from dpcompile.torch_internals import fake_mode_of, sample_sizes, trace
@@ -76,14 +77,11 @@ def _step(reader: GroupReader, method: Method, inputs: Callable[[], list[Any]]) 
     """Norm, then clipped sum, as the emitted graph computes them."""
 
     def both(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        batch = reader.batch
         (made,) = norm_function(reader, method)(*tensors)
-        device = tensors[0].device
-        factor = torch.ones([batch], device=device)  # pyright: ignore[reportArgumentType]
-        finite = torch.ones([batch], device=device, dtype=torch.bool)  # pyright: ignore[reportArgumentType]
+        factor = torch.ones([reader.batch], device=tensors[0].device)  # pyright: ignore[reportArgumentType]
         if method.keeps:
-            return [kept_norm([made]), weighted_sum_kept(made, factor, finite)]
-        return [made, *sum_function(reader)(factor, finite, *tensors)]
+            return [kept_norm([made]), weighted_sum_kept(made, factor)]
+        return [made, *sum_function(reader)(factor, None, *tensors)]  # all samples are finite: nothing is cleared
 
     graph = trace(
         both,
@@ -91,6 +89,10 @@ def _step(reader: GroupReader, method: Method, inputs: Callable[[], list[Any]]) 
         mode=fake_mode_of(reader.inputs[0].graph),
         vmapped=reader.vmapped,
     )
+    drop_no_ops(graph.graph)
+    reshape_views(graph.graph)
+    merge_common(graph.graph)
+    graph.recompile()
     given = inputs()
 
     def run() -> Any:

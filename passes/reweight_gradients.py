@@ -72,7 +72,7 @@ def _add(*parts: torch.Tensor) -> list[torch.Tensor]:
 def sum_function(reader: GroupReader) -> Callable[..., list[torch.Tensor]]:
     """Of clip factors, finite samples and a group's inputs: the clipped sum."""
 
-    def clipped(factor: torch.Tensor, finite: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    def clipped(factor: torch.Tensor, finite: torch.Tensor | None, *tensors: torch.Tensor) -> list[torch.Tensor]:
         return [added([weighted_sum(form, factor, finite) for form in reader.combined(tensors)])]
 
     return clipped

@@ -89,7 +89,7 @@ time of parameter gradients     21.9us   58.3us   2.66
 layer inputs booked             49.9kB   49.9kB   1.00
 held until the clip factors         0B   77.6kB
 alive during one norm, at most      0B   6.91kB
-peak memory of a step            107kB    156kB   1.46
+peak memory of a step            105kB    156kB   1.48
 
 choices: 7 ghost, 9 kept
 flip: paper ghost iff 2*T**2 < d*p, that is T < sqrt(2)*sqrt(d)*sqrt(p)/2; auto ghost as fast as kept at T = flip T
@@ -108,7 +108,7 @@ method    flops                             bytes moved                         
 --------  --------------------------------  -----------------------------------------------------------  ---------  -----------
 plain     2*B*G*T*d*p                       4*B*G*T*(d + p) + 4*G*d*p                                    0          0
 ghost     2*B*G*T**2*(d + p) + 2*B*G*T*d*p  24*B*G*T**2 + 8*B*G*T*(d + p) + 8*B*G*T*Min(d, p) + 4*G*d*p  4*B*G*T*p  12*B*G*T**2
-explicit  4*B*G*T*d*p                       8*B*G*T*(d + p) + 8*B*G*T*Min(d, p) + 16*B*G*d*p + 4*G*d*p   4*B*G*T*p  8*B*G*d*p
+explicit  4*B*G*T*d*p                       8*B*G*T*(d + p) + 8*B*G*T*Min(d, p) + 16*B*G*d*p + 4*G*d*p   4*B*G*T*p  4*B*G*d*p
 kept      2*B*G*T*d*p + 2*B*G*d*p           4*B*G*T*(d + p) + 20*B*G*d*p + 4*G*d*p                       4*B*G*d*p  4*B*G*d*p
 
   ghost and kept take the same time at

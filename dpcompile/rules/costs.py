@@ -45,7 +45,7 @@ def outer(e: int, positions: int, *, doubled: bool) -> tuple[Cost, dict[Method, 
             booked,
         ),
         Method.EXPLICIT: Cost(
-            2 * contraction, e * (2 * read + 4 * copies + 4 * made + rescale + weights), e * (2 * made + copies), booked
+            2 * contraction, e * (2 * read + 4 * copies + 4 * made + rescale + weights), e * (made + copies), booked
         ),
         Method.KEPT: Cost(contraction + 2 * kept, e * (read + 5 * kept + weights), e * kept, e * kept),
     }

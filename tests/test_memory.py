@@ -1,0 +1,285 @@
+"""Predicted memory against what is counted in a step, and the fastest plan within a budget against all plans."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_same_gradients, gradients
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from dpcompile import dpcompile
+from dpcompile.api import Analysis, prove
+from dpcompile.budget import Schedule
+from dpcompile.cli import app
+from dpcompile.clipping import clipping_of
+from dpcompile.device import CPU, DeviceSpec, device_name, spec_for
+from dpcompile.errors import DPCompileError
+from dpcompile.largest import largest_batches
+from dpcompile.live_memory import peak_of
+from dpcompile.memory import timeline
+from dpcompile.passes.choose_norms import modelled
+from dpcompile.plan import Method, Times
+from dpcompile.runtime import DPModule
+from dpcompile.tuning import Tuner
+from dpcompile.units import bytes_of
+
+RUNNER = CliRunner()
+BATCH = 8
+LABELS = torch.ones(BATCH, dtype=torch.int64)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(50, 32)
+        self.mixed = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.norm = nn.LayerNorm(32)
+        self.wide = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))
+        self.head = nn.Linear(32, 50, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        x = x + self.mixed(x, x, x, need_weights=False)[0]
+        return self.head(x + self.wide(self.norm(x)))
+
+
+def perceptron() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Linear(96, 200), nn.ReLU(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 5)), torch.randn(
+        BATCH, 12, 96
+    )
+
+
+def images() -> tuple[nn.Module, Tensor]:
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3)]
+    return nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(32 * 36, 5)), torch.randn(BATCH, 3, 16, 16)
+
+
+def attention() -> tuple[nn.Module, Tensor]:
+    return Attention(), torch.randint(50, (BATCH, 24))
+
+
+def recurrent() -> tuple[nn.Module, Tensor]:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(24, 32, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lstm(x)[0][:, -1]
+
+    return Last(), torch.randn(BATCH, 10, 24)
+
+
+MODELS = [perceptron, images, attention, recurrent]
+
+
+def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.flatten(1), targets, reduction="none")
+
+
+def analysed(build: Callable[[], tuple[nn.Module, Tensor]]) -> tuple[Analysis, nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model, sample = build()
+    analysis = prove(model, sample, loss_fn=loss, sample_targets=LABELS).conclude()
+    return analysis, model, sample
+
+
+def times_of(schedule: Schedule) -> Times:
+    known = {use.name: modelled(use.cost, CPU, BATCH) for use in schedule.uses}
+    return {use.name: {m: known[use.name][m] for m in use.cost.choices} for use in schedule.uses}
+
+
+@pytest.mark.parametrize("method", ["auto", "ghost", "explicit"])
+@pytest.mark.parametrize("build", MODELS)
+def test_the_memory_of_a_graph_is_what_is_counted(build: Callable[[], tuple[nn.Module, Tensor]], method: str) -> None:
+    analysis, model, sample = analysed(build)
+    plan = analysis.plan(method)
+    emitted = analysis.emit(plan)
+    dp_model = DPModule(model, emitted)
+    dp_model(sample, targets=LABELS).backward()
+    model.zero_grad(set_to_none=True)
+    counted = peak_of(lambda: dp_model(sample, targets=LABELS))
+    assert timeline(emitted.forward).peak(BATCH) == pytest.approx(counted, rel=0.03)
+    assert plan.memory is not None
+    assert plan.memory.peak == pytest.approx(counted, rel=0.1)  # before anything is emitted
+
+
+@pytest.mark.parametrize("build", [perceptron, images, attention])
+def test_the_memory_of_plain_training_is_what_is_counted(build: Callable[[], tuple[nn.Module, Tensor]]) -> None:
+    analysis, model, sample = analysed(build)
+
+    def step() -> None:
+        loss(model(sample), LABELS).mean().backward()
+
+    step()
+    model.zero_grad(set_to_none=True)
+    assert analysis.schedule().plain().peak(BATCH) == pytest.approx(peak_of(step), rel=0.1)
+
+
+@pytest.mark.parametrize("clip_groups", ["flat", "per-layer"])
+@pytest.mark.parametrize("build", [perceptron, images])
+def test_no_plan_within_the_budget_is_faster(build: Callable[[], tuple[nn.Module, Tensor]], clip_groups: str) -> None:
+    analysis = analysed(build)[0]
+    schedule = analysis.schedule(clipping=clipping_of(analysis.trainable, 1.0, "abadi", clip_groups))
+    times = times_of(schedule)
+    names = list(times)
+    plans = [dict(zip(names, methods, strict=True)) for methods in itertools.product(*(times[n] for n in names))]
+    assert 20 < len(plans) < 600
+    known = [(sum(times[n][m] for n, m in plan.items()), schedule.private(plan).peak(BATCH)) for plan in plans]
+    least = min(peak for _, peak in known)
+    assert schedule.least(times, BATCH).peak == pytest.approx(least, rel=1e-6)
+    for factor in (1.0, 1.01, 1.05, 1.1, 1.3, 2.0):
+        found = schedule.fit(times, BATCH, factor * least * (1 + 1e-9))
+        best = min(seconds for seconds, peak in known if peak <= factor * least * (1 + 1e-9))
+        assert sum(times[n][m] for n, m in found.methods.items()) == pytest.approx(best, rel=1e-3)
+        assert found.peak <= factor * least * (1 + 1e-6)
+    assert not schedule.fit(times, BATCH, 0.99 * least).methods
+
+
+def test_a_budget_is_kept_and_the_gradients_are_the_same() -> None:
+    torch.manual_seed(0)
+    model, sample = images()
+    found = {}
+    for budget in (100.0 * 1e6, None):
+        dp_model = dpcompile(model, sample, max_grad_norm=0.1, memory_budget=budget)
+        assert dp_model.plan.memory is not None
+        assert dp_model.plan.memory.peak <= dp_model.plan.memory.budget
+        loss(dp_model(sample), LABELS).mean().backward()
+        found[budget] = {name: g.clone() for name, g in gradients(model).items()}
+        model.zero_grad()
+    assert_same_gradients(found[None], found[100.0 * 1e6], 1e-4)
+
+
+def test_a_budget_that_nothing_fits_says_what_would() -> None:
+    model, sample = images()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(DPCompileError, match=r"no plan fits a memory budget of 200kB: the least needs [\d.]+[kM]B"):
+        dpcompile(model, sample, memory_budget="200kB")
+    assert all(torch.equal(p, q) and p.grad is None for p, q in zip(model.parameters(), before, strict=True))
+    least = dpcompile(model, sample, validate="off").plan.memory
+    assert least is not None
+    with pytest.raises(DPCompileError, match="of plain training"):
+        dpcompile(model, sample, memory_budget=0.5)
+
+
+@pytest.mark.parametrize("budget", [0, -1.0, "much", "1.2.3GB", float("nan"), [1]])
+def test_a_budget_that_is_none_is_an_error(budget: object) -> None:
+    model, sample = images()
+    with pytest.raises(ValueError, match=r"memory_budget|number of bytes"):
+        dpcompile(model, sample, memory_budget=budget)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_budget_is_for_auto() -> None:
+    model, sample = images()
+    with pytest.raises(ValueError, match="norm_method='auto'"):
+        dpcompile(model, sample, memory_budget=1.5, norm_method="ghost")
+
+
+def test_bytes_in_words() -> None:
+    assert [bytes_of(text) for text in ("24GB", "1.5 MiB", "7B", "2kb")] == [24e9, 1.5 * 2**20, 7, 2000]
+
+
+# ---------------------------------------------------------------- the largest batch
+
+
+def test_the_largest_batch_fits_and_one_more_does_not() -> None:
+    analysis, _, _ = analysed(images)
+    memory = 20e6
+    found = largest_batches(analysis, memory, CPU)
+    assert found.plan.memory is not None
+    assert found.plan.batch_size == found.private
+    assert found.level.at(found.private) + found.plan.memory.peak <= memory * (1 + 1e-9)
+    schedule = analysis.schedule()
+    for line, size in ((schedule.plain(), found.plain),):
+        assert line.peak(size) + found.level.at(size) <= memory < line.peak(size + 1) + found.level.at(size + 1)
+    options = {use.name: dict.fromkeys(use.cost.choices, 0.0) for use in schedule.uses}
+    more = found.private + 1
+    assert schedule.least(options, more).peak + found.level.at(more) > memory
+    assert largest_batches(analysis, memory, CPU, reserve=1e7).private < found.private
+    with pytest.raises(DPCompileError, match="not one sample fits"):
+        largest_batches(analysis, 1e4, CPU)
+
+
+def test_maxbatch_counts_what_it_predicts(tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(
+        "import torch\nfrom torch import nn\n\n"
+        "def build():\n"
+        "    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))\n"
+        "    return net, torch.randn(4, 3, 8, 8)\n"
+    )
+    result = RUNNER.invoke(app, ["maxbatch", f"{file}:build", "--memory", "5MB", "--run"])
+    assert result.exit_code == 0, result.output
+    plain, private = (line.split() for line in result.output.splitlines()[-2:])
+    for row in (plain, private):
+        assert int(row[1]) > 10
+        predicted, counted = (bytes_of(cell) for cell in (row[3], row[5]))
+        assert counted == pytest.approx(predicted, rel=0.1)
+    assert RUNNER.invoke(app, ["maxbatch", f"{file}:build", "--memory", "lots"]).exit_code == 2
+    assert RUNNER.invoke(app, ["maxbatch", f"{file}:build", "--memory", "1kB"]).exit_code == 1
+
+
+# ---------------------------------------------------------------- times of this machine
+
+
+def test_tuned_plans_take_the_fastest_and_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPCOMPILE_CACHE", str(tmp_path))
+    asked: list[set[Method]] = []
+
+    def planted(self: Tuner, candidates: dict[Method, Callable[[], object]]) -> dict[Method, float]:
+        asked.append(set(candidates))
+        for run in candidates.values():
+            run()
+        slowest = max(candidates, key=lambda m: m.value)
+        return {m: 0.001 if m is slowest else 0.002 for m in candidates}
+
+    monkeypatch.setattr(Tuner, "_measure", planted)
+    model, sample = perceptron()
+    first = dpcompile(model, sample, tune=True, validate="off").plan
+    assert asked
+    for name, times in first.measured.items():
+        assert first.choices[name].method is max(times, key=lambda m: m.value)
+    assert json.loads((tmp_path / "tuning.json").read_text())
+    count = len(asked)
+    again = dpcompile(model, sample, tune=True).plan
+    assert len(asked) == count
+    assert again.choices == first.choices
+    (tmp_path / "tuning.json").write_text("not json")
+    dpcompile(model, sample, tune=True, validate="off")
+    assert len(asked) == 2 * count
+
+
+def test_measured_times_are_of_real_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPCOMPILE_CACHE", str(tmp_path))
+    for build in (images, attention):
+        model, sample = build()
+        plan = dpcompile(model, sample, tune=True, validate="off").plan
+        assert plan.measured
+        assert all(0 < seconds < 1 for times in plan.measured.values() for seconds in times.values())
+
+
+def test_calibrated_rates_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPCOMPILE_CACHE", str(tmp_path))
+    assert spec_for(torch.device("cpu")) == CPU
+    file = tmp_path / "here.json"
+    result = RUNNER.invoke(app, ["calibrate-device", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    spec = spec_for(torch.device("cpu"))
+    assert spec == DeviceSpec(**json.loads(file.read_text()))
+    assert spec.name == device_name(torch.device("cpu"))
+    assert 1e8 < spec.flops_per_s < 1e14
+    assert 1e8 < spec.bytes_per_s < 1e13
+    model, sample = perceptron()
+    analysis = prove(model, sample).conclude()
+    assert analysis.plan().device == spec
+    assert analysis.plan(device=replace(CPU, name="other")).device.name == "other"
+    assert RUNNER.invoke(app, ["calibrate-device", "--device", "abacus"]).exit_code == 2
