@@ -31,7 +31,7 @@ from dpcompile.passes.estimate_costs import estimate_costs
 from dpcompile.passes.find_sites import find_sites
 from dpcompile.passes.follow_memory import follow_memory
 from dpcompile.passes.insert_norms import insert_norms
-from dpcompile.passes.measure_sites import measure_sites
+from dpcompile.passes.measure_sites import candidates, measure_sites
 from dpcompile.passes.normalise import normalise
 from dpcompile.passes.penalty import penalty
 from dpcompile.passes.reweight_gradients import reweight_gradients
@@ -41,7 +41,7 @@ from dpcompile.passes.split import split
 from dpcompile.passes.tidy import tidy
 from dpcompile.passes.trace_backward import loss_scale, trace_backward
 from dpcompile.passes.track_batch import track_batch
-from dpcompile.plan import Costs, Plan
+from dpcompile.plan import Costs, Method, Plan, Times
 from dpcompile.runtime import NONFINITE, DPModule
 from dpcompile.tuning import Tuner
 from dpcompile.units import bytes_of
@@ -175,12 +175,11 @@ class Analysis:
         memory_budget: float | None = None,
         tune: bool = False,
     ) -> Plan:
-        readers = self._readers(self.backward)
         costs = self.costs()
         device = device or spec_for(self.call.device)
         size = batch_size or max(self.call.batch_size, 1)
         times = {group.name: modelled(group, device, size) for group in costs.groups}
-        measured = measure_sites(readers, costs, times, size, Tuner(self.call.device)) if tune else None
+        measured = self.measured(candidates(costs, times, size), size) if tune else None
         plan = choose_norms(
             self.program,
             self.uses,
@@ -200,6 +199,10 @@ class Analysis:
     def costs(self) -> Costs:
         """Of every group of uses, by method."""
         return estimate_costs(self.backward, self._readers(self.backward), kernels=available(self.call.device))
+
+    def measured(self, methods: Mapping[str, Sequence[Method]], batch_size: int) -> Times:
+        """Seconds that norm and clipped sum of groups take by methods, on the model's device."""
+        return measure_sites(self._readers(self.backward), methods, batch_size, Tuner(self.call.device))
 
     def schedule(self, costs: Costs | None = None, clipping: Clipping | None = None) -> Schedule:
         """The lives of all values of a step, before norm methods are chosen."""

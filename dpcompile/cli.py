@@ -26,6 +26,7 @@ from dpcompile.cli_common import (
     SeqOption,
     SetOption,
     TargetArgument,
+    budget_of,
     proven,
     rates_of,
     say,
@@ -36,6 +37,7 @@ from dpcompile.drawing import flow_of, uses_of, write_svg
 from dpcompile.errors import DPCompileError
 from dpcompile.explain import chains_text, proof_text
 from dpcompile.fix import fix
+from dpcompile.measurement import measurement
 from dpcompile.report import plan_dict, plan_text, symbolic_text
 from dpcompile.rules.sites.fallback import Fallback
 from dpcompile.targets import load_target
@@ -59,6 +61,14 @@ def report(
     dynamic: DynamicOption = None,
     policy: PolicyOption = Policy.AUTO,
     device: DeviceOption = "cpu",
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(metavar="BYTES", help="most memory of a step: 2GB, or 1.2 (of plain training)"),
+    ] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="choose by times that are measured here")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="build the model for real and run it: predicted times and memory against")
+    ] = False,
     symbolic: Annotated[bool, typer.Option("--symbolic", help="costs in B, T, d, p, and flips solved for T")] = False,
     file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the plan there too")] = None,
 ) -> None:
@@ -66,11 +76,16 @@ def report(
     with told():
         loaded = load_target(target, inputs or (), batch=batch, seq=seq, settings=settings or ())
         analysis = proven(loaded, dynamic or ()).conclude()
-        plan = analysis.plan(policy.value, device=rates_of(device), batch_size=batch)
+        budget = None if memory_budget is None else budget_of(memory_budget)
+        rates = rates_of(device)
+        plan = analysis.plan(policy.value, device=rates, batch_size=batch, memory_budget=budget, tune=tune)
         if file is not None:
             write(file, json.dumps(plan_dict(plan), indent=1) + "\n")
         say(f"{target}: {type(loaded.model).__name__}, {analysis.call.describe()}")
         say(symbolic_text(plan) if symbolic else plan_text(plan))
+        if measure:
+            real = load_target(target, inputs or (), batch=batch, seq=seq, settings=settings or (), real=True)
+            say(f"\n{measurement(analysis, plan, real)}")
 
 
 @app.command()

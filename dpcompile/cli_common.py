@@ -20,6 +20,7 @@ from dpcompile.device import DeviceSpec, spec_named
 from dpcompile.errors import CaptureError, DPCompileError
 from dpcompile.specs import TargetError
 from dpcompile.targets import Target, misfit
+from dpcompile.units import bytes_of
 
 REFUSED, BAD_ARGUMENTS = 1, 2  # exit codes
 
@@ -74,6 +75,14 @@ def rates_of(device: str) -> DeviceSpec:
         return spec_named(device)
     except ValueError as error:
         raise TargetError(f"--device: {error}") from None
+
+
+def budget_of(text: str) -> float:
+    """A number of bytes, or a factor."""
+    try:
+        return float(text) if text.replace(".", "", 1).isdecimal() else bytes_of(text)
+    except ValueError as error:
+        raise TargetError(str(error)) from None
 
 
 def _free_dims(texts: Sequence[str]) -> dict[str, list[int]]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch.utils import _pytree as pytree
 
 from dpcompile.api import dpcompile
 from dpcompile.cli_common import (
@@ -30,6 +28,7 @@ from dpcompile.device import calibrated, save
 from dpcompile.largest import largest_batches
 from dpcompile.live_memory import peak_of
 from dpcompile.report import table_text
+from dpcompile.running import sized, step_of
 from dpcompile.specs import TargetError
 from dpcompile.targets import Target, load_target
 from dpcompile.units import bytes_of, human
@@ -106,28 +105,7 @@ def _bytes(text: str) -> float:
 
 def _counted(target: Target, form: str, size: int, sample_size: int, memory: Any) -> float:
     """Peak of one step at a batch of `size`, as counted while it runs."""
-    model = target.model.train()
-
-    def grown(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or value.dim() == 0 or value.shape[0] != sample_size:
-            return value
-        return value.repeat(-(-size // sample_size), *(1 for _ in value.shape[1:]))[:size]
-
-    batch = pytree.tree_map(grown, target.sample_input)
+    model, batch = target.model.train(), sized(target.sample_input, sample_size, size)
     if form == "private":
         model = dpcompile(model, batch, memory_budget=float(memory.budget), validate="off")
-
-    def call() -> Any:
-        return model(**batch) if isinstance(batch, Mapping) else model(*_tuple(batch))
-
-    def step() -> None:
-        outputs = [v for v in pytree.tree_leaves(call()) if isinstance(v, torch.Tensor) and v.requires_grad]
-        torch.autograd.backward(outputs, [torch.ones_like(v) for v in outputs])
-        del outputs
-        model.zero_grad(set_to_none=True)
-
-    return peak_of(step)
-
-
-def _tuple(batch: Any) -> tuple[Any, ...]:
-    return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    return peak_of(step_of(model, batch))

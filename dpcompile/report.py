@@ -9,7 +9,7 @@ from typing import Any
 import sympy
 
 from dpcompile.flips import PAPER, paper_flip, symbolic_time_flip, turns
-from dpcompile.plan import Cost, Method, Part, Plan
+from dpcompile.plan import Cost, Method, Part, Plan, Times
 from dpcompile.rows import Row, folded, rows_of
 from dpcompile.shapes import B, D, P
 from dpcompile.units import human
@@ -108,6 +108,39 @@ def symbolic_text(plan: Plan) -> str:
     lines += table_text(flips, left={"parameter", "choice"})
     lines += ["", f"flops of a private step  {plan.flops()}", f"flops of a plain step    {plan.plain_flops()}"]
     return "\n".join(lines)
+
+
+def measured_text(plan: Plan, measured: Times, step: Mapping[str, tuple[float, float]], unit: Mapping[str, str]) -> str:
+    """Predicted against measured: time of norm and clipped sum by group, alike ones once; then of the whole `step`."""
+    rows: dict[tuple[Any, ...], dict[str, str]] = {}
+    alike: dict[tuple[Any, ...], int] = {}
+    for group in rows_of(plan):
+        first = group[0]
+        if first.group not in measured:
+            continue
+        ((method, seconds),) = measured[first.group].items()
+        predicted = sum(row.chosen.time_s for row in group)
+        key = tuple((row.op, row.sizes, row.method) for row in group)
+        alike[key] = alike.get(key, 0) + 1
+        rows.setdefault(
+            key,
+            {
+                "parameter": first.label,
+                "uses alike": "",
+                "choice": method.value,
+                "predicted": human(predicted, "s"),
+                "measured": human(seconds, "s"),
+                "ratio": _ratio(predicted, seconds),
+            },
+        )
+    for key, row in rows.items():
+        row["uses alike"] = str(alike[key])
+    totals = [
+        {"one step": name, "predicted": human(a, unit[name]), "measured": human(b, unit[name]), "ratio": _ratio(a, b)}
+        for name, (a, b) in step.items()
+    ]
+    left = {"parameter", "choice", "one step"}
+    return "\n".join([*table_text(list(rows.values()), left=left), "", *table_text(totals, left=left)])
 
 
 # ---------------------------------------------------------------- rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from dpcompile.passes.insert_norms import norm_function
 from dpcompile.passes.reweight_gradients import sum_function
 from dpcompile.passes.tidy import drop_no_ops, merge_common, reshape_views
 from dpcompile.plan import Costs, GroupCost, Method, Times
-from dpcompile.shapes import B, P
+from dpcompile.shapes import B
 from dpcompile.torch_internals import fake_mode_of, sample_sizes, trace
 from dpcompile.tuning import Tuner
 
@@ -26,28 +26,35 @@ LARGEST = 2e9
 """Bytes that a candidate may need beyond the tensors of its site to be measured."""
 
 
+def candidates(costs: Costs, modelled: Times, batch_size: int) -> dict[str, list[Method]]:
+    """Methods that may be the best, by group; groups without a choice are left out."""
+    found: dict[str, list[Method]] = {}
+    for group in costs.groups:
+        times = {method: modelled[group.name][method] for method in group.choices}
+        most = WORSE * min(times.values())
+        near = [m for m, seconds in times.items() if seconds <= most and _space(group, m, batch_size) < LARGEST]
+        if len(near) > 1:
+            found[group.name] = near
+    return found
+
+
 def measure_sites(
     readers: Sequence[GroupReader],
-    costs: Costs,
-    modelled: Times,
+    methods: Mapping[str, Sequence[Method]],
     batch_size: int,
     tuner: Tuner,
 ) -> Times:
-    """Seconds by group and method; groups with one method, and candidates that are out of question, are left out."""
+    """Seconds by group and method. Gradients that are carried through what computes a parameter are left out."""
     found: dict[str, dict[Method, float]] = {}
-    for reader, group in zip(readers, costs.groups, strict=True):
-        times = modelled[group.name]
-        if len(group.choices) < 2 or reader.group.space is Space.PULLBACK:
+    for reader in readers:
+        own = methods.get(reader.group.name, ())
+        if not own or reader.group.space is Space.PULLBACK:
             continue
-        most = WORSE * min(times.values())
-        near = [m for m, seconds in times.items() if seconds <= most and _space(group, m, batch_size) < LARGEST]
-        if len(near) < 2:
-            continue
-        rows = max(part.size(P) for part in group.parts)
+        rows = min(site.work.p for site in reader.sites)  # of a table that is looked up
         kind = str(reader.key).replace(str(reader.batch), "B")
-        what = (kind, batch_size, sorted(method.value for method in near))
+        what = (kind, batch_size, sorted(method.value for method in own))
         inputs = functools.cache(functools.partial(_inputs, reader, batch_size, rows))
-        found[group.name] = tuner.seconds(what, {m: functools.partial(_step, reader, m, inputs) for m in near})
+        found[reader.group.name] = tuner.seconds(what, {m: functools.partial(_step, reader, m, inputs) for m in own})
     return found
 
 
