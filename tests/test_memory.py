@@ -283,3 +283,58 @@ def test_calibrated_rates_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert analysis.plan().device == spec
     assert analysis.plan(device=replace(CPU, name="other")).device.name == "other"
     assert RUNNER.invoke(app, ["calibrate-device", "--device", "abacus"]).exit_code == 2
+
+
+# ---------------------------------------------------------------- what is saved for the backward
+
+
+def saved_bytes(model: nn.Module, call: Callable[[], Tensor]) -> int:
+    """Of all memory that a forward keeps for its backward, beyond parameters, buffers and inputs."""
+    known = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("build", [perceptron, images, attention])
+def test_no_more_is_saved_than_in_plain_training(build: Callable[[], tuple[nn.Module, Tensor]], backend: str) -> None:
+    torch.manual_seed(0)
+    model, sample = build()
+    dp_model = dpcompile(model, sample, validate="off")
+    torch._dynamo.reset()
+    run, own = (torch.compile(m, backend=backend) for m in (dp_model, model))
+    own(sample), run(sample)
+    plain = saved_bytes(model, lambda: own(sample))
+    assert plain > 10_000
+    # a number for each sample beside it; and inductor computes one of the statistics of a layer norm again, or not
+    assert saved_bytes(model, lambda: run(sample)) <= 1.003 * plain + 8 * BATCH
+
+
+def test_report_says_what_it_predicted_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPCOMPILE_CACHE", str(tmp_path))
+    file = tmp_path / "net.py"
+    file.write_text(
+        "import torch\nfrom torch import nn\n\n"
+        "def build():\n"
+        "    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))\n"
+        "    return net, torch.randn(64, 3, 8, 8)\n"
+    )
+    result = RUNNER.invoke(app, ["report", f"{file}:build", "--measure", "--tune", "--memory-budget", "3.5"])
+    assert result.exit_code == 0, result.output
+    name, predicted, counted, ratio = result.output.splitlines()[-1].rsplit(maxsplit=3)
+    assert name == "peak memory"
+    assert float(ratio) == pytest.approx(bytes_of(predicted) / bytes_of(counted), abs=0.01)
+    assert 0.9 < float(ratio) < 1.1
+    assert "0.weight" in result.output.partition("measured")[2]
+    assert json.loads((tmp_path / "tuning.json").read_text())
+    assert RUNNER.invoke(app, ["report", f"{file}:build", "--memory-budget", "1kB"]).exit_code == 1
+    assert RUNNER.invoke(app, ["report", f"{file}:build", "--memory-budget", "big"]).exit_code == 2
