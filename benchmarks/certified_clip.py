@@ -48,11 +48,11 @@ def without_error(square: Tensor) -> Tensor:
     return torch.stack([square, torch.zeros_like(square)])
 
 
-def plain_dropped(uses: Sequence[Form]) -> Tensor:
+def plain_dropped(uses: Sequence[Form], **_: bool) -> Tensor:
     return without_error(plain_square(torch.stack(list(map(explicit, uses))).sum(0)))
 
 
-def plain_ghost(uses: Sequence[Form]) -> Tensor:
+def plain_ghost(uses: Sequence[Form], **_: bool) -> Tensor:
     merged = merge(uses)
     if len(merged) == 1 and isinstance(merged[0], Patched) and merged[0].window.groups == 1:
         return without_error((plain_patched_gram(merged[0]) * plain_gram(merged[0].rows)).sum((1, 2)))
