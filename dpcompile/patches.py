@@ -13,7 +13,7 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ def kernel_gradient(rows: torch.Tensor, image: torch.Tensor, window: Window, sha
 
 
 def kernel_gradients(rows: torch.Tensor, image: torch.Tensor, window: Window, shape: tuple[int, ...]) -> torch.Tensor:
-    """[B, *shape] the same for each sample, one after the other."""
+    """[B, *shape] the same for each sample: all as groups of one convolution, or one after the other (`together`)."""
     image, padding = _evenly_padded(image, window, tuple(rows.shape[2:]))
     return _each(rows, image, list(shape), window.stride, padding, window.dilation, window.groups)
 
@@ -119,6 +119,15 @@ def _backward(rows: torch.Tensor, image: torch.Tensor, shape: Sequence[int], win
     return aten.convolution_backward(rows, image, weight, None, *sizes, [False, True, False])[1]
 
 
+FEW = 64
+"""Channels of a group, in and out, up to which a CPU's kernels for grouped convolutions are fast."""
+
+
+def together(shape: Sequence[int], groups: int) -> bool:
+    """Whether samples are taken as groups of one convolution."""
+    return shape[1] <= FEW and shape[0] // groups <= FEW
+
+
 @torch.library.custom_op("dpcompile::kernel_gradients", mutates_args=())
 def _each(
     rows: torch.Tensor,
@@ -130,7 +139,12 @@ def _each(
     groups: int,
 ) -> torch.Tensor:
     window = Window(tuple(shape[2:]), tuple(stride), tuple((pad, pad) for pad in padding), tuple(dilation), groups)
-    found = rows.new_empty([rows.shape[0], *shape])
+    batch, positions, sizes = rows.shape[0], rows.shape[2:], image.shape[2:]
+    if batch and rows.device.type == "cpu" and rows.dtype is torch.float32 and together(shape, groups):
+        window = replace(window, groups=batch * groups)
+        wide, deep = rows.reshape(1, -1, *positions), image.reshape(1, -1, *sizes)
+        return _backward(wide, deep, [batch * shape[0], *shape[1:]], window, padding).reshape(batch, *shape)
+    found = rows.new_empty([batch, *shape])
     for i in range(rows.shape[0]):
         found[i] = _backward(rows[i : i + 1], image[i : i + 1], shape, window, padding)
     return found

@@ -15,6 +15,7 @@ from dpcompile.flops import flops_of
 from dpcompile.forms import crowded
 from dpcompile.ir import Backward, Group, Program, Site, Space
 from dpcompile.passes.combine import GroupReader
+from dpcompile.patches import together
 from dpcompile.plan import Cost, Costs, GroupCost, Method, Part, Product
 from dpcompile.rules import costs as rules
 from dpcompile.rules.batching.base import shape_of
@@ -63,7 +64,8 @@ def _parts(reader: GroupReader, backward: Backward, e: int, kernels: bool) -> li
                 sizes |= {C: work.overlap.channels, U: work.overlap.pixels}
                 options = rules.patched(options, e)
                 if len(group.sites) == 1 and group.space is not Space.PULLBACK and _as_it_is(group):
-                    options |= rules.overlapping(e, work.overlap.kernel, doubled=doubled)
+                    few = together((work.p, work.overlap.channels), 1)
+                    options |= rules.overlapping(e, work.overlap.kernel, doubled=doubled, together=few)
         elif work.kind == "onehot":
             plain, options = rules.onehot(e)
             booked = 8 * B * T  # an index for each position

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from hypothesis import assume, given, settings
@@ -44,6 +46,15 @@ def test_gradients_of_kernels_are_those_of_patches(form: Patched) -> None:
     torch.testing.assert_close(explicit(form), each)
     weights = torch.linspace(0.1, 1.0, len(each), dtype=torch.double)
     torch.testing.assert_close(weighted_sum(form, weights), torch.tensordot(weights, each, 1))
+
+
+@check
+@given(patched(), st.sampled_from([0, 64]))
+def test_samples_are_groups_of_one_convolution_or_come_one_after_the_other(form: Patched, channels: int) -> None:
+    single = replace(form, rows=form.rows.float(), image=form.image.float())
+    with mock.patch("dpcompile.patches.FEW", channels):
+        each = explicit(single)
+    torch.testing.assert_close(each.double(), explicit(written_out(form)), atol=1e-4, rtol=1e-4)
 
 
 @check

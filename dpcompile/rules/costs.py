@@ -52,8 +52,11 @@ def outer(e: int, positions: int, *, doubled: bool) -> tuple[Cost, dict[Method, 
     return plain, options
 
 
-def overlapping(e: int, kernel: tuple[int, ...], *, doubled: bool) -> dict[Method, Cost]:
-    """Of a convolution whose patches are not written out: options beside those of `outer`."""
+def overlapping(e: int, kernel: tuple[int, ...], *, doubled: bool, together: bool) -> dict[Method, Cost]:
+    """Of a convolution whose patches are not written out: options beside those of `outer`.
+
+    `together`: kernels' gradients of all samples are one call (patches.together).
+    """
     contraction, read = 2 * B * G * T * P * D, B * G * (T * P + U * C)
     weights, kept = G * P * D, B * G * P * D
     gram = 2 * B * G * (U**2 * C + T**2 * P)
@@ -68,7 +71,13 @@ def overlapping(e: int, kernel: tuple[int, ...], *, doubled: bool) -> dict[Metho
             e * (wide * B * G * (2 * T**2 + 2 * U**2) + copies),
             booked,
         ),
-        Method.LOOPED: Cost(contraction + 2 * kept, e * (read + 8 * kept + weights), e * kept, e * kept, B),
+        Method.LOOPED: Cost(
+            contraction + 2 * kept,
+            e * (read + (4 if together else 8) * kept + weights),
+            e * kept,
+            e * kept,
+            sympy.Integer(1) if together else B,
+        ),
     }
 
 
