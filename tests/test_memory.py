@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Callable
@@ -86,6 +87,7 @@ def loss(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs.flatten(1), targets, reduction="none")
 
 
+@functools.cache
 def analysed(build: Callable[[], tuple[nn.Module, Tensor]]) -> tuple[Analysis, nn.Module, Tensor]:
     torch.manual_seed(0)
     model, sample = build()
