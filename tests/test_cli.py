@@ -206,4 +206,4 @@ def test_the_module_runs_as_a_command() -> None:
 def test_report_of_seven_billion_parameters() -> None:
     result = RUNNER.invoke(app, ["report", "hf:LlamaForCausalLM", "--batch", "4", "--seq", "2048"])
     assert result.exit_code == 0, result.output
-    assert "model.layers.{0-31}" in result.output
+    assert "layers.{0-31}" in result.output
