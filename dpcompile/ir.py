@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -92,6 +92,18 @@ class Program:
 
     def inputs_of(self, kind: InputKind) -> tuple[Input, ...]:
         return tuple(i for i in self.inputs if i.kind is kind)
+
+
+def ancestors(roots: Sequence[fx.Node]) -> set[fx.Node]:
+    """Nodes that some of these depend on, themselves included."""
+    seen: set[fx.Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen
 
 
 # ---------------------------------------------------------------- batch tracking

@@ -28,6 +28,7 @@ from dpcompile.ir import (
     Tracked,
     Uses,
     Value,
+    ancestors,
 )
 from dpcompile.origin import origin
 from dpcompile.rules.derive import permutation_of, selects
@@ -105,14 +106,7 @@ def use_graph(values: Iterable[Derived], sites: Iterable[Site]) -> nx.DiGraph:
 def _live(program: Program) -> set[fx.Node]:
     """Nodes that some result depends on."""
     nodes = program.nodes()
-    stack = [nodes[o.node] for o in program.outputs if o.node is not None]
-    seen: set[fx.Node] = set()
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return seen
+    return ancestors([nodes[o.node] for o in program.outputs if o.node is not None])
 
 
 def _is_batched(value: Value | tuple[Value, ...] | None) -> bool:

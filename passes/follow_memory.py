@@ -8,7 +8,7 @@ from torch import fx
 
 from dpcompile.budget import Schedule, Use
 from dpcompile.clipping import Clipping
-from dpcompile.ir import Backward, OutputKind
+from dpcompile.ir import Backward, OutputKind, ancestors
 from dpcompile.memory import Bytes, Life, Root, Storages, lives_of
 from dpcompile.passes.combine import GroupReader
 from dpcompile.plan import Costs
@@ -22,7 +22,7 @@ def follow_memory(
     nodes = program.nodes()
     results = [nodes[o.node] for o in program.outputs if o.node is not None and o.kind is not OutputKind.GRADIENT]
     read = [node for reader in readers for node in reader.inputs]
-    live = _ancestors([*results, *read])
+    live = ancestors([*results, *read])
     order = [node for node in program.graph.nodes if node in live and node.op not in ("placeholder", "output")]
     position = {node: i for i, node in enumerate(order)}
     storages = Storages(program)
@@ -55,14 +55,3 @@ def follow_memory(
 
 def _roots(storages: Storages, nodes: Sequence[fx.Node], lives: dict[Root, Life]) -> frozenset[Root]:
     return frozenset(root for node in nodes for root in storages.of(node) if root in lives)
-
-
-def _ancestors(roots: Sequence[fx.Node]) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    stack = list(roots)
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return seen

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from dpcompile.errors import InvalidGraphError
-from dpcompile.ir import Input, InputKind, Output, OutputKind, Program
+from dpcompile.ir import Input, InputKind, Output, OutputKind, Program, ancestors
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ def split(program: Program) -> Split:
     nodes = program.nodes()
     own = [o for o in program.outputs if o.kind in (OutputKind.USER, OutputKind.BUFFER)]
     made = [o for o in program.outputs if o.kind not in (OutputKind.USER, OutputKind.BUFFER)]
-    forward = _ancestors([nodes[o.node] for o in own if o.node is not None])
+    forward = ancestors([nodes[o.node] for o in own if o.node is not None])
     forward |= {node for node in graph.nodes if node.target is operator.getitem and node.args[0] in forward}
     late = {nodes[i.node] for i in program.inputs if i.kind in _LATE}
     if forward & late:
         raise InvalidGraphError("split: the model's outputs depend on the gradients of the outputs")
-    backward = _ancestors([nodes[o.node] for o in made if o.node is not None])
+    backward = ancestors([nodes[o.node] for o in made if o.node is not None])
     crossing = _crossing(graph, forward, backward, late)
     crossing = _with_lengths(program, crossing)
     forward_inputs = [i for i in program.inputs if nodes[i.node] not in late]
@@ -50,17 +50,6 @@ def split(program: Program) -> Split:
     sizes = {node for node in backward if _is_size(node)}
     back = _extract(program, (backward - forward - set(crossing)) | sizes, back_inputs, made, [])
     return Split(front, back, saved)
-
-
-def _ancestors(roots: Sequence[fx.Node]) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    stack = list(roots)
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return seen
 
 
 def _crossing(graph: fx.Graph, forward: set[fx.Node], backward: set[fx.Node], late: set[fx.Node]) -> list[fx.Node]:
