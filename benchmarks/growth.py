@@ -37,6 +37,7 @@ from step_time import (
     MAX_GRAD_NORM,
     describe_run,
     gradient_of,
+    keep_freed_memory,
     load,
     measure_times,
     open_console,
@@ -217,6 +218,7 @@ def main() -> None:
         command.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
         command.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     args = parser.parse_args()
+    keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     report = describe_run(args.device) | {"rounds": args.rounds}

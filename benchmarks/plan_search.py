@@ -33,7 +33,7 @@ import torch
 from plans import Bench, Decisions
 from rich.console import Console
 from rich.table import Table
-from step_time import describe_run, open_console, spread, spread_text
+from step_time import describe_run, keep_freed_memory, open_console, spread, spread_text
 from workloads import WORKLOADS
 
 from dpcompile.plan import Method
@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
+    keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     report: dict[str, Any] = describe_run(args.device) | {"models": {}}

@@ -4,7 +4,8 @@
 
 One step clears the gradients, runs forward, loss and backward; no noise, no optimizer. The methods take turns, one
 measurement each per round, in one process, so that a busy machine disturbs all of them alike; ratios are taken within
-a round. "Compiled" methods compile forward and loss together with torch.compile(fullgraph=True), plain training too.
+a round. Freed memory stays with the process (`keep_freed_memory`). "Compiled" methods compile forward and loss together
+with torch.compile(fullgraph=True), plain training too.
 
 The clipping bound is finite but far above every norm. The graph is the one that clips, yet its gradient has to equal
 that of plain training, so the very step that is timed is also checked (column "error").
@@ -21,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import argparse
+import ctypes
 import gc
 import json
 import math
@@ -87,6 +89,21 @@ def make_step(
         return loss
 
     return step, prepare_seconds, model
+
+
+def keep_freed_memory() -> None:
+    """Freed memory stays with the process, as under the allocators that torch's tuning guide names for CPUs.
+
+    glibc gives large blocks back to the system. On a virtual machine a fresh page may cost ten times what it costs to
+    write it, and a step is timed that mostly waits for pages.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return  # not glibc
+    no_mmap, trim_threshold, top_pad = -4, -1, -2  # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    for option, value in ((no_mmap, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28)):
+        mallopt(option, value)
 
 
 def load(workload: Workload, device: torch.device) -> tuple[nn.Module, tuple[Any, Tensor]]:
@@ -340,6 +357,7 @@ def main() -> None:
         print(json.dumps(measure_peak(WORKLOADS[args.models[0]], args.peak_of, device)))
         return
 
+    keep_freed_memory()
     wanted = args.methods or (*EAGER_METHODS, *COMPILED_METHODS * args.compile, *PEERS * args.peers)
     methods = [method for method in METHODS if method in wanted or method == "plain-eager"]
     report: dict[str, Any] = describe_run(device) | {"rounds": args.rounds, "models": {}}

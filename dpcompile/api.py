@@ -29,6 +29,7 @@ from dpcompile.passes.combine import GroupReader
 from dpcompile.passes.drop_tangents import drop_tangents
 from dpcompile.passes.estimate_costs import estimate_costs
 from dpcompile.passes.find_sites import find_sites
+from dpcompile.passes.fix_batch import fix_batch
 from dpcompile.passes.follow_memory import follow_memory
 from dpcompile.passes.insert_norms import insert_norms
 from dpcompile.passes.measure_sites import candidates, measure_sites
@@ -94,6 +95,7 @@ def dpcompile(
         dynamic: other dimensions whose size may differ from call to call, as lengths of sequences do:
             {"input_ids": [1]}, or {"input_ids": {1: torch.export.Dim("T", max=1024)}}, or a sequence in the order of
             the arguments; targets go by the name "targets". What depends on a size is chosen at the sample's.
+            False: the batch size is fixed as well, to the sample's; pad batches to it (`make_private(pad=True)`).
         loss_fn: `f(outputs, targets)` giving per-sample losses [B] (or their sum or mean). Then
             `dp_model(x, targets=y)` gives the loss, and forward, backward, norms and clipping are one graph. A term
             of the parameters alone (a penalty) that is added to the sum or mean is not clipped: its gradient is added
@@ -144,10 +146,14 @@ def dpcompile(
         views=views,
     ).conclude()
     plan = analysis.plan(norm_method, clipping=clip, memory_budget=budget, tune=tune)
-    dp_model = DPModule(model, analysis.emit(plan, clip, mean=loss_reduction == "mean"), nonfinite)
+    emitted = analysis.emit(plan, clip, mean=loss_reduction == "mean")
+    dp_model = DPModule(model, emitted, nonfinite)
     if validate == "probe":
         bare = partial(analysis.without_bounds, plan, clip, mean=loss_reduction == "mean")
         dp_model.validated = check_norms(dp_model, sample_values(sample_input, sample_targets), loss_fn, bare)
+    if dynamic is False:
+        validated, dp_model = dp_model.validated, DPModule(model, fix_batch(emitted), nonfinite)
+        dp_model.validated = validated
     return dp_model
 
 

@@ -61,24 +61,31 @@ class Use:
         return _affine(beyond) + self._joined(itemsize)
 
     def _joined(self, itemsize: int) -> Bytes:
-        """Of several uses of one weight, put side by side."""
-        several = (part.sizes for part in self.cost.parts if part.uses > 1 and part.kind in ("outer", "onehot"))
-        return Bytes(each=float(sum(itemsize * s[G] * s[T] * (s[P] + s[D]) for s in several)))
+        """Several uses of one weight, put side by side while each waits for the sum. An index has 8 bytes."""
+        several = [part for part in self.cost.parts if part.uses > 1]
+        dense = sum(s[G] * s[T] * (s[P] + s[D]) for s in (part.sizes for part in several if part.kind == "outer"))
+        found = sum(s[T] * s[D] for s in (part.sizes for part in several if part.kind == "onehot"))
+        rows = sum(part.sizes[T] for part in several if part.kind == "onehot")
+        return Bytes(each=float(itemsize * (dense + found) + 8 * rows))
 
     def before_sum(self, method: Method, itemsize: int) -> Bytes:
         """Alive only while the clipped sum is made ready: a factor with each sample's weight, which takes its place.
 
-        Where products are added up in float64, both factors are there in float64 too.
+        Several uses are put side by side, one factor after the other, and each of them is let go of then. Where
+        products are added up in float64, both factors are there in float64 too.
         """
         if method.keeps:
             return Bytes()
         total = 0
-        for s in (part.sizes for part in self.cost.parts if part.kind == "outer"):
-            total += s[G] * s[T] * min(s[P], s[D])
-            if itemsize == 4 and crowded(s[T], s[P], s[D]):
-                columns = s[U] * s[C] if U in s else s[T] * s[D]  # the image, of a convolution
-                total += 2 * s[G] * (s[T] * s[P] + columns)
-        return Bytes(each=float(itemsize * total)) + self._joined(itemsize)
+        for part, s in ((part, part.sizes) for part in self.cost.parts):
+            if part.kind == "onehot":
+                total += s[T] * s[D]
+            elif part.kind == "outer":
+                total += s[G] * s[T] * (max(s[P], s[D]) if part.uses > 1 else min(s[P], s[D]))
+                if itemsize == 4 and crowded(s[T], s[P], s[D]):
+                    columns = s[U] * s[C] if U in s else s[T] * s[D]  # the image, of a convolution
+                    total += 2 * s[G] * (s[T] * s[P] + columns)
+        return Bytes(each=float(itemsize * total))
 
     def _costs(self, method: Method, batch_size: int) -> list[Numbers]:
         return [part.options[method].numbers({**part.sizes, B: batch_size}) for part in self.cost.parts]

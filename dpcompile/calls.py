@@ -45,6 +45,12 @@ class CallSpec:
     device: torch.device
     views: int = 1  # rows of the batch that are one sample: the program sees them as a dimension of their own
     lengths: tuple[Length, ...] = ()  # once captured
+    fixed: bool = False  # the batch size is that of the sample in every call
+
+    @property
+    def least(self) -> int:
+        """Samples of the smallest batch that a graph is run on."""
+        return self.batch_size if self.fixed else 1
 
     def describe(self) -> str:
         parts = [
@@ -134,6 +140,19 @@ class CallSpec:
                     )
                 return rows // self.views
         raise AssertionError("a call has at least one batched leaf")
+
+    def check_size(self, size: int) -> None:
+        """Refuse a batch size that the graphs are not for.
+
+        Raises:
+            CaptureError: it is neither that of the sample nor 0, and the batch size is fixed.
+        """
+        if self.fixed and size not in (0, self.batch_size):
+            raise CaptureError(
+                f"call: {size} samples; compiled with dynamic=False for batches of {self.batch_size}. Pad to that "
+                "size, with sample_weight 0 for what is padded (make_private(..., pad=True) does), or compile without "
+                "dynamic=False."
+            )
 
 
 def in_program(leaf: LeafSpec, dim: int, views: int) -> int:

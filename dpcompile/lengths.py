@@ -35,12 +35,13 @@ def asked_for(dynamic: Any, names: Sequence[str]) -> dict[str, dict[int, Any]]:
     """What `dynamic=` says of every argument: dimension to what torch.export calls it.
 
     `dynamic` is a dict of argument name to dimensions, or a sequence in the order of the arguments. Dimensions are a
-    collection of numbers, or a dict of number to torch.export.Dim, None for a size that is fixed.
+    collection of numbers, or a dict of number to torch.export.Dim, None for a size that is fixed. False: none, and
+    the batch size is fixed too (passes/fix_batch.py).
 
     Raises:
         CaptureError: it names no argument, or is of another form.
     """
-    if dynamic is None:
+    if dynamic is None or dynamic is False:
         return {}
     if isinstance(dynamic, Mapping):
         unknown = [name for name in dynamic if name not in names]

@@ -19,7 +19,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from dpcompile.ir import InputKind, Program
-from dpcompile.shapes import hint, size_of
+from dpcompile.shapes import hint, is_one, size_of
 from dpcompile.torch_internals import sample_sizes
 
 aten = torch.ops.aten
@@ -139,9 +139,21 @@ class Storages:
         return Bytes(two - one, 2 * one - two)
 
 
+def of_one_term(node: fx.Node) -> bool:
+    """Whether a node is a sum over dimensions of size 1 alone: tidy makes a view of it."""
+    if node.target is not aten.sum.dim_IntList or not node.args[1]:
+        return False
+    (source, *_), dims = node.all_input_nodes, node.args[1]
+    given, value = source.meta["val"], node.meta["val"]
+    assert isinstance(dims, (list, tuple))
+    return given.dtype is value.dtype and all(is_one(given.shape[dim]) for dim in dims)
+
+
 def _is_view(node: fx.Node) -> bool:
+    if of_one_term(node):
+        return True
     schema = getattr(node.target, "_schema", None)
-    if schema is None or not any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
+    if schema is None or not any(r.alias_info is not None for r in schema.returns):
         return node.target is aten._unsafe_view.default
     if node.target not in _RESHAPES:
         return True

@@ -119,13 +119,13 @@ def _backward(rows: torch.Tensor, image: torch.Tensor, shape: Sequence[int], win
     return aten.convolution_backward(rows, image, weight, None, *sizes, [False, True, False])[1]
 
 
-FEW = 64
-"""Channels of a group, in and out, up to which a CPU's kernels for grouped convolutions are fast."""
+LANES, FEW = 8, 64
+"""Input channels of a group from which, and channels up to which, a CPU's kernels for grouped convolutions are fast."""
 
 
 def together(shape: Sequence[int], groups: int) -> bool:
     """Whether samples are taken as groups of one convolution."""
-    return shape[1] <= FEW and shape[0] // groups <= FEW
+    return LANES <= shape[1] <= FEW and shape[0] // groups <= FEW
 
 
 @torch.library.custom_op("dpcompile::kernel_gradients", mutates_args=())

@@ -166,6 +166,7 @@ class DPModule(nn.Module):
         weight = kwargs.pop(WEIGHT, self._weight) if WEIGHT not in self._emitted.call.names else self._weight
         leaves = self._emitted.call.flatten(args, kwargs)
         size = self._emitted.call.batch_size_of(leaves)
+        self._emitted.call.check_size(size)
         padded = _pad_empty(self._emitted.call, leaves) if size == 0 else leaves
         weight = self._weight_of(weight, size, padded)
         with without_autocast(self._emitted):
@@ -227,7 +228,7 @@ class DPModule(nn.Module):
         """[B] how often each sample counts in the clipped sum; with `_summed` a mean's 1/B is taken back."""
         device = next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
         if given is None or size == 0:
-            weight = torch.ones(max(size, 1), device=device)
+            weight = torch.ones(size or self._emitted.call.least, device=device)
         else:
             if given.shape != (size,):
                 raise ValueError(f"Expected sample_weight of shape [{size}], got {list(given.shape)}.")
@@ -360,13 +361,13 @@ def _autocast_text(dtype: torch.dtype | None) -> str:
 
 
 def _pad_empty(call: CallSpec, leaves: list[Any]) -> list[Any]:
-    """An empty batch as one sample of zeros, which then has no part in outputs, norms or gradients."""
+    """An empty batch as one sample of zeros (or as many as are fixed), which has no part in outputs or gradients."""
     padded = []
     for leaf, value in zip(call.leaves, leaves, strict=True):
         if leaf.batch_dim is None:
             padded.append(value)
         else:
             shape = list(value.shape)
-            shape[leaf.batch_dim] = call.views
+            shape[leaf.batch_dim] = call.views * call.least
             padded.append(value.new_zeros(shape))
     return padded

@@ -43,6 +43,12 @@ def size_of(size: int | torch.SymInt) -> Size:
     return size if isinstance(size, int) else plain_size(size.node.expr)
 
 
+def number(size: torch.SymInt | torch.SymFloat, batch: torch.SymInt, batch_size: int) -> int | float:
+    """What a size is at a batch size; of a graph without other free sizes."""
+    expr = sympy.sympify(size.node.expr).subs(batch.node.expr, batch_size)
+    return int(expr) if isinstance(size, torch.SymInt) else float(expr)
+
+
 def plain_size(expr: sympy.Expr) -> Size:
     return int(expr) if expr.is_Integer else expr
 

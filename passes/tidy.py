@@ -13,6 +13,7 @@ from torch import fx
 from dpcompile.inline import PHASE
 from dpcompile.ir import Draft, Program
 from dpcompile.passes.rewrite import Order
+from dpcompile.passes.simplify import add_in_place, simplify
 from dpcompile.torch_internals import computed_size
 
 aten = torch.ops.aten
@@ -33,8 +34,10 @@ def tidied(program: Program) -> Program:
     output.args = ([nodes[o.node] if o.node is not None else o.literal for o in program.outputs],)
     drop_no_ops(graph)
     reshape_views(graph)
+    simplify(graph)
     name_sizes(program)
     merge_common(graph)
+    add_in_place(graph)
     graph.eliminate_dead_code(is_impure_node=_is_impure)
     graph.lint()
     program.module.recompile()

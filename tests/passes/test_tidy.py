@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from dpcompile.api import prove
 from dpcompile.inline import PHASE, inline
 from dpcompile.ir import Output, OutputKind, Program
+from dpcompile.passes.simplify import simplify
 from dpcompile.passes.tidy import tidied
 
 
@@ -116,3 +117,81 @@ def test_results_follow_their_replacements() -> None:
     program = program_of(lambda x: x.sin().detach())
     after = tidied(program)
     assert after.outputs[0].node == "sin"
+
+
+def test_views_of_views_are_one_and_views_that_change_nothing_none() -> None:
+    program = program_of(
+        lambda x: x.sin().t().t().reshape(-1).reshape(-1, 2, 2).permute(0, 1, 2).transpose(0, 1).permute(0, 2, 1).cos()
+    )
+    assert_expected_inline(
+        text(tidied(program).graph),
+        """\
+v0 = mul(leaves_0, p_model_w)
+v1 = sin(v0)
+v2 = reshape(v1, [-1, 2, 2])
+v3 = permute(v2, [1, 2, 0])
+v4 = cos(v3)
+return [v4]""",
+    )
+
+
+def test_a_sum_over_dimensions_of_size_one_is_its_term() -> None:
+    program = program_of(lambda x: x.unsqueeze(1).sum(1) * x.unsqueeze(0).sum(0, keepdim=True))
+    assert_expected_inline(
+        text(tidied(program).graph),
+        """\
+v0 = mul(leaves_0, p_model_w)
+v1 = unsqueeze(v0, 1)
+v2 = squeeze(v1, [1])
+v3 = unsqueeze(v0, 0)
+v4 = mul(v2, v3)
+return [v4]""",
+    )
+
+
+def test_sums_into_fresh_zeros_are_made_in_place() -> None:
+    """Not into zeros that are read twice."""
+
+    def sums(x: Tensor) -> Tensor:
+        index = torch.zeros(2, dtype=torch.long)
+        once = x.new_zeros(3, 4).index_add(0, index, x.sum(0, keepdim=True).expand(2, 4))
+        zeros = x.new_zeros(5, 4)
+        twice = zeros.index_add(0, index, x.sum(0, keepdim=True).expand(2, 4))
+        return once.sum() + twice.sum() + zeros.sum()
+
+    assert_expected_inline(
+        text(tidied(program_of(sums)).graph),
+        """\
+v0 = mul(leaves_0, p_model_w)
+v1 = zeros([2])
+v2 = new_zeros(v0, [3, 4])
+v3 = sum(v0, [0], True)
+v4 = expand(v3, [2, 4])
+v5 = index_add_(v2, 0, v1, v4)
+v6 = new_zeros(v0, [5, 4])
+v7 = index_add(v6, 0, v1, v4)
+v8 = sum(v5)
+v9 = sum(v7)
+v10 = add(v8, v9)
+v11 = sum(v6)
+v12 = add(v10, v11)
+return [v12]""",
+    )
+
+
+def test_results_stay_tensors_of_their_own() -> None:
+    """An input is not given back as a result, nor one result twice."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.randn(3, 4)
+    results = []
+    for source in (x, x, graph.call_function(torch.ops.aten.sin.default, (x,))):
+        source.meta["val"] = x.meta["val"]
+        results += [source] * (source is not x)
+        results.append(graph.call_function(torch.ops.aten.reshape.default, (source, [3, 4])))
+        results[-1].meta["val"] = x.meta["val"]
+    graph.output(results)
+    simplify(graph)
+    (given,) = graph.find_nodes(op="output")[0].args
+    assert x not in given
+    assert len(set(given)) == len(given)
