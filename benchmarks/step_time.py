@@ -227,7 +227,7 @@ def measure_peak(workload: Workload, method: str, device: torch.device, warm_up:
 
 
 def measure_peak_in_fresh_process(name: str, method: str, args: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, __file__, name, "--peak-of", method, "--device", args.device]
+    command = [sys.executable, __file__, name, "--peak-of", method, "--device", str(args.device)]
     if args.threads:
         command += ["--threads", str(args.threads)]
     # Every large block goes back to the system when freed, so that the level between steps is what is really held.

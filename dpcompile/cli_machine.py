@@ -89,7 +89,8 @@ def calibrate_device(
         spec = calibrated(torch.device(device))
         say(
             f"{spec.name}: {human(spec.flops_per_s)}flop/s, {human(spec.bytes_per_s, 'B')}/s, "
-            f"{human(spec.s_per_call, 's')} for a call"
+            f"{human(spec.s_per_call, 's')} for a convolution in a loop, {human(spec.s_per_op, 's')} for any op, "
+            f"{human(spec.attention_flops_per_s)}flop/s in attention"
         )
         say(f"kept in {save(spec)}")
         if file is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -21,21 +22,24 @@ class DeviceSpec:
     flops_per_s: float  # sustained float32 matmul rate, full precision
     bytes_per_s: float  # sustained memory bandwidth
     s_per_call: float = 0.0  # of a convolution in a loop over samples, whatever its size
+    s_per_op: float = 0.0  # of any op of a graph, whatever its size
+    attention_flops_per_s: float = 0.0  # sustained rate of fused attention; 0: that of products
 
     def time_s(self, flops: float, bytes_moved: float, calls: float = 0) -> float:
         """Arithmetic, memory traffic and calls one after the other: an upper bound, the same for every candidate."""
         return flops / self.flops_per_s + bytes_moved / self.bytes_per_s + calls * self.s_per_call
 
 
-# Sustained on two cores of a server CPU with AVX-512: sgemm 4096^3, a copy of 1 GB, a small convolution's backward.
-CPU = DeviceSpec("cpu", 1.5e11, 1.2e10, 1.5e-4)
+# Sustained on two cores of a server CPU with AVX-512: sgemm 4096^3, a copy of 1 GB, a small convolution's backward, a
+# sum of small tensors, attention of 64 heads over 128 positions.
+CPU = DeviceSpec("cpu", 1.5e11, 1.2e10, 1.5e-4, 4e-6, 4.5e10)
 # Data sheets at 60 % of the peaks, float32 without TF32: H100 SXM 67e12 and HBM3 3.35e12 B/s, A100 19.5e12 and 2.0e12.
-CUDA = DeviceSpec("cuda", 4.0e13, 2.0e12, 1e-5)
+CUDA = DeviceSpec("cuda", 4.0e13, 2.0e12, 1e-5, 5e-6)
 NAMED = {
     "cpu": CPU,
     "cuda": CUDA,
     "h100": replace(CUDA, name="h100"),
-    "a100": DeviceSpec("a100", 1.2e13, 1.2e12, 1e-5),
+    "a100": DeviceSpec("a100", 1.2e13, 1.2e12, 1e-5, 5e-6),
 }
 
 
@@ -83,7 +87,7 @@ def device_name(device: torch.device) -> str:
 
 
 def calibrated(device: torch.device, *, rounds: int = 7) -> DeviceSpec:
-    """The rates of a device that is here: medians of products 2048^3, copies of 256 MB and small kernels' gradients."""
+    """The rates of a device that is here: medians of products 2048^3, copies of 256 MB, small ops and attention."""
     n = 2048
     a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
     source = torch.ones(2**26, device=device)
@@ -93,8 +97,12 @@ def calibrated(device: torch.device, *, rounds: int = 7) -> DeviceSpec:
     copy = _median(lambda: target.copy_(source), device, rounds)
     looped = (small, small, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False])
     call = _median(lambda: [torch.ops.aten.convolution_backward(*looped) for _ in range(100)], device, rounds) / 100
+    op = _median(lambda: [small + small for _ in range(1000)], device, rounds) / 1000
+    query = torch.randn(16, 4, 128, 64, device=device)
+    heads = _median(lambda: F.scaled_dot_product_attention(query, query, query), device, rounds)
     moved = 2 * source.numel() * source.element_size()
-    return DeviceSpec(device_name(device), 2 * n**3 / product, moved / copy, call)
+    attention = 4 * query.numel() * query.shape[2] / heads
+    return DeviceSpec(device_name(device), 2 * n**3 / product, moved / copy, call, op, attention)
 
 
 def save(spec: DeviceSpec) -> Path:

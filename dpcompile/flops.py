@@ -40,6 +40,11 @@ _register(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _attention
 _register(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, _attention_backward)
 
 
+def is_attention(node: fx.Node) -> bool:
+    """Of a fused kernel for scores, softmax and weighted values."""
+    return "scaled_dot_product" in str(node.target)
+
+
 def flops_of(node: fx.Node) -> sympy.Expr:
     """Matmul flops of one op of a graph, on its symbolic shapes."""
     packet = getattr(node.target, "overloadpacket", None)
