@@ -32,6 +32,7 @@ from dpcompile.passes.find_sites import find_sites
 from dpcompile.passes.fix_batch import fix_batch
 from dpcompile.passes.follow_memory import follow_memory
 from dpcompile.passes.insert_norms import insert_norms
+from dpcompile.passes.keep_layouts import keep_layouts
 from dpcompile.passes.measure_sites import candidates, measure_sites
 from dpcompile.passes.normalise import normalise
 from dpcompile.passes.penalty import penalty
@@ -55,6 +56,7 @@ REWRITES: tuple[Rewrite, ...] = (
     reweight_gradients,  # needs the clip factors
     tidy,
     spare_masks,  # of the marks that tidy has merged
+    keep_layouts,
 )
 """What is written behind the traced backward, in order; the verifier runs behind each."""
 

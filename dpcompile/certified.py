@@ -13,6 +13,8 @@ data, not only the sizes: what a Gram matrix may be off by is weighed by the oth
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,6 +31,7 @@ from dpcompile.forms import (
     Outer,
     Patched,
     added,
+    bands,
     doubled,
     dtype_of,
     explicit,
@@ -253,13 +256,12 @@ def _measured(form: Outer | OneHot | Patched) -> _Use:
     if isinstance(form, Patched):
         factor = form.rows.flatten(2).unflatten(1, (form.window.groups, -1)).transpose(2, 3)
         cols_gram, cols, terms = _patched_gram(form)
+        rows_gram, rows = _gram(factor.flatten(0, 1), factor.flatten(0, 1))
+        square = _pairing(rows_gram, rows, rows, _terms(factor.shape[3]), cols_gram, cols, cols, terms)
     else:
         factor = form.rows_BGTp
-        cols_gram, cols = _gram(form.cols_BGTd.flatten(0, 1), form.cols_BGTd.flatten(0, 1))
-        terms = _terms(form.cols_BGTd.shape[3])
+        square, rows, cols = _paired(factor.flatten(0, 1), form.cols_BGTd.flatten(0, 1))
     shape = factor.shape[:2]
-    rows_gram, rows = _gram(factor.flatten(0, 1), factor.flatten(0, 1))
-    square = _pairing(rows_gram, rows, rows, _terms(factor.shape[3]), cols_gram, cols, cols, terms)
     length = (rows * cols).sum(1, dtype=torch.float64).unflatten(0, shape)
     return _Use(
         form,
@@ -268,6 +270,33 @@ def _measured(form: Outer | OneHot | Patched) -> _Use:
         cols.unflatten(0, shape),
         length.square().sum(1).sqrt() if shape[1] != 1 else length.squeeze(1),
     )
+
+
+def _paired(rows: torch.Tensor, cols: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[N] at least |sum_t rows_t cols_t^T|^2 from factors [N, T, p] and [N, T, d], and norms [N, T] of theirs.
+
+    Band by band of positions: blocks on the diagonal of the Gram matrices, then those above it, which count twice.
+    """
+    rows, cols = accurate(rows), accurate(cols)
+    terms = _terms(rows.shape[2]), _terms(cols.shape[2])
+    cuts = bands(rows.shape[1], rows.device)
+    if len(cuts) == 1:
+        (rows_gram, r), (cols_gram, c) = _gram(rows, rows), _gram(cols, cols)
+        return _pairing(rows_gram, r, r, terms[0], cols_gram, c, c, terms[1]), r, c
+    squares, norms = [], []
+    for start, stop in cuts:
+        (rows_gram, r), (cols_gram, c) = (_gram(x, x) for x in (rows[:, start:stop], cols[:, start:stop]))
+        squares.append(_pairing(rows_gram, r, r, terms[0], cols_gram, c, c, terms[1]))
+        norms.append((r, c))
+    r, c = (torch.cat(parts, 1) for parts in zip(*norms, strict=True))
+    for start, stop in cuts[:-1]:
+        own, later = slice(start, stop), slice(stop, None)
+        rows_gram, cols_gram = (_product(x[:, own], x[:, later]) for x in (rows, cols))
+        above = _pairing(
+            rows_gram, r[:, own], r[:, later], terms[0], cols_gram, c[:, own], c[:, later], terms[1]
+        )  # fmt: skip
+        squares.append(2 * above)
+    return functools.reduce(operator.add, squares), r, c
 
 
 def _cross(left: _Use, right: _Use) -> torch.Tensor:

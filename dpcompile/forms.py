@@ -15,6 +15,7 @@ of W and a use of W.T meet in one space.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -70,6 +71,21 @@ CROWD = 32
 def crowded(positions: int | torch.SymInt, p: int, d: int) -> bool:
     """Whether one sample uses a weight at more positions than Gram matrices are made for (2 T^2 > p d)."""
     return hint(positions) > CROWD and 2 * hint(positions) ** 2 > hint(p) * hint(d)
+
+
+BANDS, WIDE = 4, 192
+"""Bands that Gram matrices of many positions are cut into on a CPU, and positions from which they are."""
+
+
+def bands(positions: int | torch.SymInt, device: torch.device) -> tuple[tuple[int, int], ...]:
+    """Where each band of positions begins and ends. A Gram matrix is symmetric: a band needs itself and what follows.
+
+    One band where the length is free, or where kernels.py forms the matrices.
+    """
+    if not isinstance(positions, int) or positions < WIDE or device.type != "cpu":
+        return ((0, -1),)
+    edges = [i * positions // BANDS for i in range(BANDS + 1)]
+    return tuple(itertools.pairwise(edges))
 
 
 def doubled(form: Outer | OneHot | Patched) -> bool:

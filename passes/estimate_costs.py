@@ -12,7 +12,7 @@ from torch import fx
 
 from dpcompile.errors import NoRuleError
 from dpcompile.flops import flops_of
-from dpcompile.forms import crowded
+from dpcompile.forms import bands, crowded
 from dpcompile.ir import Backward, Group, Program, Site, Space
 from dpcompile.passes.combine import GroupReader
 from dpcompile.patches import together
@@ -55,7 +55,7 @@ def _parts(reader: GroupReader, backward: Backward, e: int, kernels: bool) -> li
         booked: sympy.Expr = sympy.Integer(0)
         if work.kind == "outer":
             doubled = e == torch.float32.itemsize and crowded(positions, work.p, work.d)
-            plain, options = rules.outer(e, positions, doubled=doubled)
+            plain, options = rules.outer(e, positions, doubled=doubled, bands=_bands(alike, positions, backward))
             booked = e * B * G * T * D
             if kernels and len(merged) == 1 and not reader.vmapped and positions > 1:
                 options |= rules.tiled(e, doubled=doubled)
@@ -104,6 +104,13 @@ def _has_length(backward: Backward, site: Site) -> bool:
     return any(not isinstance(size, int) and lengths & size.free_symbols for size in shape)
 
 
+def _bands(sites: Sequence[Site], positions: int, backward: Backward) -> tuple[tuple[int, int], ...]:
+    """How Gram matrices of these uses, taken together, are cut."""
+    if any(_has_length(backward, site) for site in sites):
+        return ((0, -1),)
+    return bands(positions, backward.program.node(backward.sites[sites[0].name].grad).meta["val"].device)
+
+
 def _products(sites: Sequence[Site], backward: Backward, sizes: dict[sympy.Symbol, int]) -> tuple[Product, ...]:
     """Products named by the tensors that they are made from: Gram matrices of both factors, sums of small gradients."""
     work = sites[0].work
@@ -117,7 +124,8 @@ def _products(sites: Sequence[Site], backward: Backward, sizes: dict[sympy.Symbo
     if sizes[T] == 1:
         return ()
     square = 2 * B * sizes[G] * sizes[T] ** 2
-    products = (Product(Method.GHOST, grads, square * work.p), Product(Method.GHOST, saved, square * work.d))
+    formed = square * sum(rules.blocks(_bands(sites, sizes[T], backward), sizes[T]))
+    products = (Product(Method.GHOST, grads, formed * work.p), Product(Method.GHOST, saved, formed * work.d))
     if work.overlap is None:
         return products
     pixels = 2 * B * sizes[G] * work.overlap.pixels**2 * work.overlap.channels

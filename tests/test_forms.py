@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 
 from dpcompile.certified import dropped_norm, ghost_norm, sq_norm
 from dpcompile.forms import (
+    BANDS,
     CROWD,
+    WIDE,
     Explicit,
     Form,
     OneHot,
     Outer,
+    bands,
     explicit,
     in_float64,
     merge,
@@ -118,6 +121,18 @@ def test_ghost_norm_of_groups(seed: int, batch: int, groups: int, length: int, r
     forms = [grouped(batch, groups, length, rows, cols), grouped(batch, groups, 1, rows, cols)]
     total = sum(written_out(form) for form in forms)
     torch.testing.assert_close(_ghost_square(forms), total.square().sum((1, 2, 3)))
+
+
+@settings(check, max_examples=15)
+@given(seed=seeds, batch=batches, groups=st.integers(1, 2), length=st.integers(WIDE - 1, WIDE + 6), size=sizes)
+def test_ghost_norm_by_bands_of_positions(seed: int, batch: int, groups: int, length: int, size: int) -> None:
+    torch.manual_seed(seed)
+    assert len(bands(length, torch.device("cpu"))) == (BANDS if length >= WIDE else 1)
+    one = grouped(batch, groups, length, size, 3)
+    torch.testing.assert_close(_ghost_square([one]), written_out(one).square().sum((1, 2, 3)))
+    two: list[Form] = [outer(batch, length, size, 3), outer(batch, length + 1, size, 3, swapped=True)]
+    total = sum(written_out(form) for form in two)
+    torch.testing.assert_close(_ghost_square(two), total.square().sum((1, 2)))
 
 
 @check

@@ -3,7 +3,7 @@
 Flops are those of the matrix products in forms.py and equal what torch's FlopCounterMode counts on the emitted graph.
 
     form      ghost norm          explicit norm   clipped sum                       source
-    outer     2 B G T^2 (p + d)   2 B G T p d     2 B G T p d, kept: 2 B G p d      2210.00038 table 3
+    outer     2 B G T^2 (p + d)*  2 B G T p d     2 B G T p d, kept: 2 B G p d      2210.00038 table 3
     onehot    2 B T^2 d           0 (scatter)     0 (index_add), kept: 2 B p d      2205.10683 section 3
     explicit  -                   0               2 B p
     cross     2 B T_1 T_2 d       0               0                                 ours: tied look-up and head
@@ -11,12 +11,14 @@ Flops are those of the matrix products in forms.py and equal what torch's FlopCo
     flash     B G T (T + 1) (p + d)               2 B G T p d                       ours: outer by kernels (kernels.py)
     tiled                         2 B G T p d     2 B G T p d                       ours: the same
 
+* Cut into bands (forms.bands), the matrices need only the blocks on and above the diagonal: 5/8 for four of them.
 Of the symmetric Gram matrices `flash` counts pairs t <= s alone, although its tiles on the diagonal are formed whole.
 A single use at one position (T = 1) needs no Gram: its norm is the product of two norms.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import sympy
@@ -25,23 +27,26 @@ from dpcompile.plan import Cost, Method
 from dpcompile.shapes import B, C, D, G, P, T, U
 
 ZERO = sympy.Integer(0)
+Bands = Sequence[tuple[int, int]]
 
 
-def outer(e: int, positions: int, *, doubled: bool) -> tuple[Cost, dict[Method, Cost]]:
-    """`doubled`: products of the positions are added up in float64 (forms.doubled)."""
+def outer(e: int, positions: int, *, doubled: bool, bands: Bands) -> tuple[Cost, dict[Method, Cost]]:
+    """`doubled`: products of the positions are added up in float64 (forms.doubled); `bands`: of Gram matrices."""
     contraction, read = 2 * B * G * T * P * D, B * G * T * (P + D)
     weights, kept = G * P * D, B * G * P * D
     plain = Cost(contraction, e * (read + weights), ZERO, ZERO)
-    gram = 2 * B * G * T**2 * (P + D) if positions > 1 else ZERO
-    squares = (2 if doubled else 1) * B * G * T**2 if positions > 1 else ZERO
+    formed = blocks(bands, positions)
+    pairs = B * G * T**2 if positions > 1 else ZERO
+    gram = 2 * pairs * sum(formed) * (P + D)
+    squares = (2 if doubled else 1) * pairs
     copies, made = (2 * read, 2 * kept) if doubled else (ZERO, kept)
     booked = e * B * G * T * P  # the output gradient waits for the clip factors
     rescale = 2 * B * G * T * sympy.Min(P, D)
     options = {
         Method.GHOST: Cost(
             gram + contraction,
-            e * (2 * read + 4 * copies + 6 * squares + rescale + weights),
-            e * (3 * squares + copies),
+            e * (2 * read + 4 * copies + 6 * squares * sum(formed) + rescale + weights),
+            e * (3 * squares * max(formed) + copies),
             booked,
         ),
         Method.EXPLICIT: Cost(
@@ -50,6 +55,14 @@ def outer(e: int, positions: int, *, doubled: bool) -> tuple[Cost, dict[Method, 
         Method.KEPT: Cost(contraction + 2 * kept, e * (read + 5 * kept + weights), e * kept, e * kept),
     }
     return plain, options
+
+
+def blocks(bands: Bands, positions: int) -> list[sympy.Expr]:
+    """Parts of a Gram matrix that are formed, one after the other: on the diagonal, and behind each band of it."""
+    if len(bands) == 1:
+        return [sympy.Integer(1)]
+    areas = [(stop - start) * size for start, stop in bands for size in (stop - start, positions - stop) if size]
+    return [sympy.Rational(area, positions**2) for area in areas]
 
 
 def overlapping(e: int, kernel: tuple[int, ...], *, doubled: bool, together: bool) -> dict[Method, Cost]:

@@ -21,6 +21,10 @@ METHODS = ("auto", "ghost", "forced-explicit", "forced-kept", "forced-shifted", 
 MODULES: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
     "linear of vectors": (lambda: nn.Linear(4, 5), torch.randn(3, 4)),
     "linear of sequences": (lambda: nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 2)), torch.randn(3, 6, 4)),
+    "long sequences, cut into bands": (
+        lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)),
+        torch.randn(3, 203, 4),
+    ),
     "shared input": (
         lambda: Apply(lambda m, x: m.u(x) * m.v(x), modules={"u": nn.Linear(4, 5), "v": nn.Linear(4, 5)}),
         torch.randn(3, 6, 4),
