@@ -2,8 +2,9 @@
 
     python benchmarks/predictions.py mlp cnn resnet18 vgg19 vit gpt2 bert lstm --json predictions.json
 
-Rates of the device are measured first, in the same run (what `dpcompile calibrate-device` measures). Memory is measured
-in a fresh process as step_time.py does, and predicted at the default budget.
+Rates of the device (what `dpcompile calibrate-device` measures) are measured before the steps and after them, since
+those of a shared machine change; predictions are the mean of both. Memory is measured in a fresh process, as
+step_time.py does, and predicted at the default budget.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ from torch import Tensor
 from workloads import WORKLOADS, Workload
 
 from dpcompile import dpcompile, steptime
-from dpcompile.device import DeviceSpec, calibrated
+from dpcompile.device import calibrated
 
 
-def predictions(workload: Workload, device: DeviceSpec, args: argparse.Namespace) -> dict[str, Any]:
+def predictions(workload: Workload, args: argparse.Namespace) -> dict[str, Any]:
     model, (inputs, targets) = load(workload, args.device)
     dp_model = dpcompile(model, inputs, loss_fn=workload.loss, sample_targets=targets, max_grad_norm=1e6)
 
@@ -49,18 +50,21 @@ def predictions(workload: Workload, device: DeviceSpec, args: argparse.Namespace
         return loss
 
     seconds_per_step(step, 3, args.device)
+    specs = [calibrated(args.device)]
     taken = statistics.median(seconds_per_step(step, 1, args.device) for _ in range(args.rounds))
-    times = steptime.times(dp_model._emitted.forward, device, dp_model.plan.batch_size)
-    ops = Counter()
-    for node, seconds in times.items():
-        ops[str(node.target)] += seconds
+    specs.append(calibrated(args.device))
+    ops: Counter[str] = Counter()
+    for spec in specs:
+        for node, seconds in steptime.times(dp_model._emitted.forward, spec, dp_model.plan.batch_size).items():
+            ops[str(node.target)] += seconds / len(specs)
     memory = dp_model.plan.memory
     return {
-        "seconds": {"predicted": sum(times.values()), "measured": taken},
+        "seconds": {"predicted": ops.total(), "measured": taken},
         "peak_bytes": {
             "predicted": None if memory is None else memory.peak,
             "measured": measure_peak_in_fresh_process(workload.name, "fused-eager", args)["peak_bytes"],
         },
+        "rates": [asdict(spec) for spec in specs],
         "predicted_by_op": dict(ops.most_common(8)),
     }
 
@@ -76,14 +80,13 @@ def main() -> None:
     keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
-    spec = calibrated(args.device)
-    report: dict[str, Any] = describe_run(args.device) | {"rates": asdict(spec), "models": {}}
+    report: dict[str, Any] = describe_run(args.device) | {"models": {}}
     console = open_console(report)
     table = Table(
         "model", *(f"{what} {which}" for what in ("ms", "MB") for which in ("predicted", "measured", "ratio"))
     )
     for name in args.models:
-        found = report["models"][name] = predictions(WORKLOADS[name], spec, args)
+        found = report["models"][name] = predictions(WORKLOADS[name], args)
         cells = [name]
         for what, unit in (("seconds", 1e3), ("peak_bytes", 1e-6)):
             pair = found[what]["predicted"], found[what]["measured"]

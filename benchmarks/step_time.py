@@ -106,6 +106,14 @@ def keep_freed_memory() -> None:
         mallopt(option, value)
 
 
+def trim() -> None:
+    """Give freed blocks, small ones too, back to the system: what is there between steps is then what is held."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return  # not glibc
+
+
 def load(workload: Workload, device: torch.device) -> tuple[nn.Module, tuple[Any, Tensor]]:
     torch.manual_seed(0)
     model = workload.build().train().to(device)
@@ -211,6 +219,7 @@ def measure_peak(workload: Workload, method: str, device: torch.device, warm_up:
         step()
     release(model)
     gc.collect()
+    trim()
     if device.type == "cuda":
         synchronize(device)
         level = torch.cuda.memory_allocated(device)
@@ -230,8 +239,8 @@ def measure_peak_in_fresh_process(name: str, method: str, args: argparse.Namespa
     command = [sys.executable, __file__, name, "--peak-of", method, "--device", str(args.device)]
     if args.threads:
         command += ["--threads", str(args.threads)]
-    # Every large block goes back to the system when freed, so that the level between steps is what is really held.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    # A block goes back to the system when freed, so that what is resident is what is held and not what was.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "8192"}
     output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])
 

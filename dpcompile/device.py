@@ -15,6 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+NARROW = 32
+"""Rows that a product needs more of to run at the device's full rate."""
+FORK = 2**15
+"""Elements from which a CPU shares an op among threads (at::internal::GRAIN_SIZE)."""
+
 
 @dataclass(frozen=True)
 class DeviceSpec:
@@ -23,7 +28,11 @@ class DeviceSpec:
     bytes_per_s: float  # sustained memory bandwidth
     s_per_call: float = 0.0  # of a convolution in a loop over samples, whatever its size
     s_per_op: float = 0.0  # of any op of a graph, whatever its size
+    s_per_fork: float = 0.0  # more of an op that several threads share
     attention_flops_per_s: float = 0.0  # sustained rate of fused attention; 0: that of products
+    narrow_flops_per_s: float = 0.0  # sustained rate of products with a side of NARROW or less; 0: that of others
+    s_per_tanh: float = 0.0  # of an element, where that takes longer than to write it
+    s_per_maximum: float = 0.0  # of an element of pooling's result
 
     def time_s(self, flops: float, bytes_moved: float, calls: float = 0) -> float:
         """Arithmetic, memory traffic and calls one after the other: an upper bound, the same for every candidate."""
@@ -31,8 +40,9 @@ class DeviceSpec:
 
 
 # Sustained on two cores of a server CPU with AVX-512: sgemm 4096^3, a copy of 1 GB, a small convolution's backward, a
-# sum of small tensors, attention of 64 heads over 128 positions.
-CPU = DeviceSpec("cpu", 1.5e11, 1.2e10, 1.5e-4, 4e-6, 4.5e10)
+# sum of small tensors and one that two threads share, attention of 64 heads over 128 positions, sgemm 32 x 256 x 1024,
+# tanh and max-pooling of millions of elements.
+CPU = DeviceSpec("cpu", 1.5e11, 1.2e10, 1.5e-4, 3e-6, 5e-5, 4.5e10, 7e10, 2e-9, 1e-8)
 # Data sheets at 60 % of the peaks, float32 without TF32: H100 SXM 67e12 and HBM3 3.35e12 B/s, A100 19.5e12 and 2.0e12.
 CUDA = DeviceSpec("cuda", 4.0e13, 2.0e12, 1e-5, 5e-6)
 NAMED = {
@@ -97,12 +107,27 @@ def calibrated(device: torch.device, *, rounds: int = 7) -> DeviceSpec:
     copy = _median(lambda: target.copy_(source), device, rounds)
     looped = (small, small, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False])
     call = _median(lambda: [torch.ops.aten.convolution_backward(*looped) for _ in range(100)], device, rounds) / 100
-    op = _median(lambda: [small + small for _ in range(1000)], device, rounds) / 1000
+    op = _median(lambda: [torch.ops.aten.add.Tensor(small, small) for _ in range(1000)], device, rounds) / 1000
+    wide = torch.randn(2 * FORK, device=device)
+    shared = _median(lambda: [torch.ops.aten.add.Tensor(wide, wide) for _ in range(100)], device, rounds) / 100
     query = torch.randn(16, 4, 128, 64, device=device)
     heads = _median(lambda: F.scaled_dot_product_attention(query, query, query), device, rounds)
-    moved = 2 * source.numel() * source.element_size()
-    attention = 4 * query.numel() * query.shape[2] / heads
-    return DeviceSpec(device_name(device), 2 * n**3 / product, moved / copy, call, op, attention)
+    rows, table = torch.randn(NARROW, 256, device=device), torch.randn(256, 1024, device=device)
+    narrow = _median(lambda: [rows @ table for _ in range(20)], device, rounds) / 20
+    tanh = _median(lambda: torch.tanh(a), device, rounds) / a.numel()
+    maximum = _median(lambda: F.max_pool2d(a.view(-1, 16, 32, 32), 2), device, rounds) / (a.numel() / 4)
+    return DeviceSpec(
+        device_name(device),
+        flops_per_s=2 * n**3 / product,
+        bytes_per_s=2 * source.numel() * source.element_size() / copy,
+        s_per_call=call,
+        s_per_op=op,
+        s_per_fork=max(shared - op, 0.0) if device.type == "cpu" and torch.get_num_threads() > 1 else 0.0,
+        attention_flops_per_s=4 * query.numel() * query.shape[2] / heads,
+        narrow_flops_per_s=2 * rows.numel() * table.shape[1] / narrow,
+        s_per_tanh=tanh,
+        s_per_maximum=maximum,
+    )
 
 
 def save(spec: DeviceSpec) -> Path:

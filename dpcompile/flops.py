@@ -14,6 +14,9 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from dpcompile.layouts import convolution
+
+aten = torch.ops.aten
 Shape = Sequence[Any]
 
 
@@ -36,8 +39,8 @@ def _register(target: Any, formula: Callable[..., Any]) -> None:
         register_flop_formula(target)(formula)
 
 
-_register(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _attention)
-_register(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, _attention_backward)
+_register(aten._scaled_dot_product_flash_attention_for_cpu, _attention)
+_register(aten._scaled_dot_product_flash_attention_for_cpu_backward, _attention_backward)
 
 
 def is_attention(node: fx.Node) -> bool:
@@ -45,9 +48,17 @@ def is_attention(node: fx.Node) -> bool:
     return "scaled_dot_product" in str(node.target)
 
 
+def sides_of(node: fx.Node) -> tuple[Any, ...]:
+    """The three sides of a matrix product, of one of a batch; of another op none."""
+    if node.target not in (aten.mm.default, aten.bmm.default, aten.addmm.default):
+        return ()
+    left, right = (source.meta["val"].shape for source in node.args[-2:])  # type: ignore[union-attr]
+    return (*left[-2:], right[-1])
+
+
 def flops_of(node: fx.Node) -> sympy.Expr:
     """Matmul flops of one op of a graph, on its symbolic shapes."""
-    packet = getattr(node.target, "overloadpacket", None)
+    packet = aten.convolution if node.target is convolution else getattr(node.target, "overloadpacket", None)
     if node.op != "call_function" or packet not in flop_registry:
         return sympy.Integer(0)
     args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])

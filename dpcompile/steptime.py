@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sympy
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from dpcompile.device import DeviceSpec
-from dpcompile.flops import flops_of, is_attention
+from dpcompile.device import FORK, NARROW, DeviceSpec
+from dpcompile.finite import finite_rows
+from dpcompile.flops import flops_of, is_attention, sides_of
 from dpcompile.ir import Program
 from dpcompile.memory import Storages
+from dpcompile.shapes import hint
 from dpcompile.torch_internals import sample_sizes
+
+aten = torch.ops.aten
 
 
 def seconds(program: Program, device: DeviceSpec, batch_size: int) -> float:
@@ -28,11 +34,22 @@ def times(program: Program, device: DeviceSpec, batch_size: int) -> dict[fx.Node
         if node.op != "call_function":
             continue
         found[node] = device.s_per_op
-        if not any(root[0] == node.name for root in storages.of(node)):
+        if node.target is finite_rows or not any(root[0] == node.name for root in storages.of(node)):
             continue
         values = [value for source in (node, *node.all_input_nodes) for value in pytree.tree_leaves(source.meta["val"])]
-        moved = sum(storages.size_of(v).at(batch_size) for v in values if isinstance(v, torch.Tensor))
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        moved = sum(storages.size_of(tensor).at(batch_size) for tensor in tensors)
+        elements = storages.size_of(tensors[0]).at(batch_size) / tensors[0].element_size()
         flops = float(sympy.sympify(flops_of(node)).subs(list(sizes.items())))  # pyright: ignore[reportArgumentType]
         rate = (is_attention(node) and device.attention_flops_per_s) or device.flops_per_s
-        found[node] += flops / rate + moved / device.bytes_per_s
+        if any(hint(side) <= NARROW for side in sides_of(node)):
+            rate = device.narrow_flops_per_s or rate
+        shared = bool(flops) or elements >= FORK
+        slow = elements * _slow(device).get(node.target, 0.0)
+        found[node] += shared * device.s_per_fork + flops / rate + max(moved / device.bytes_per_s, slow)
     return found
+
+
+def _slow(device: DeviceSpec) -> dict[Any, float]:
+    """Seconds for an element of the result, of ops that take longer than to read and write their tensors."""
+    return {aten.tanh.default: device.s_per_tanh, aten.max_pool2d_with_indices.default: device.s_per_maximum}
