@@ -1,0 +1,90 @@
+"""Results of step_time.py and predictions.py as the Markdown tables of docs/speed.md.
+
+python benchmarks/tables.py benchmarks/results/cpu/*.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+FORMS = ("split", "fused")
+MODES = ("eager", "compiled")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path)
+    reports = [json.loads(path.read_text()) for path in parser.parse_args().files]
+    steps = {name: m["methods"] for report in reports for name, m in report["models"].items() if "methods" in m}
+    predicted = {name: m for report in reports for name, m in report["models"].items() if "seconds" in m}
+    if steps:
+        print("\n".join(step_table(steps)) + "\n")
+        print("\n".join(memory_table(steps)) + "\n")
+    if predicted:
+        print("\n".join(prediction_table(predicted)))
+
+
+def step_table(models: dict[str, Any]) -> list[str]:
+    """Time over plain training of the same mode, its geometric mean, and the largest error of a gradient."""
+    columns = [(form, mode) for mode in MODES for form in FORMS]
+    peers = sorted({m for own in models.values() for m in own if m.partition("-")[0] in ("opacus", "vmap")})
+    lines = header(["", *(f"{form}, {mode}" for form, mode in columns), *peers, "error"])
+    found: dict[str, list[float]] = {}
+    for name, own in models.items():
+        cells = [name]
+        for method, base in [*((f"{f}-{m}", f"plain-{m}") for f, m in columns), *((p, "plain-eager") for p in peers)]:
+            record = own.get(method, {})
+            ratio = record.get(f"ratio_to_{base}")
+            if ratio is None:
+                cells.append("refuses" if "refused" in record else "")
+                continue
+            found.setdefault(method, []).append(ratio["median"])
+            low, high = ratio["quartiles"]
+            cells.append(f"{ratio['median']:.2f} ({low:.2f}–{high:.2f})")
+        errors = [r["gradient_error"] for m, r in own.items() if m.partition("-")[0] in FORMS]
+        lines.append(row([*cells, f"{max(errors):.0e}"]))
+    methods = [*(f"{f}-{m}" for f, m in columns), *peers]
+    means = [f"{statistics.geometric_mean(found[m]):.2f}" if m in found else "" for m in methods]
+    return [*lines, row(["geometric mean", *means, ""])]
+
+
+def memory_table(models: dict[str, Any]) -> list[str]:
+    """Peak of a step in MB, and over that of plain training of the same mode."""
+    columns = [*((form, mode) for mode in MODES for form in ("plain", *FORMS)), ("opacus", "hooks")]
+    lines = header(["peak, MB", *(f"{form}, {mode}" for form, mode in columns)])
+    for name, own in models.items():
+        cells = [name]
+        for form, mode in columns:
+            peak = own.get(f"{form}-{mode}", {}).get("peak_bytes")
+            base = own.get(f"plain-{mode}", own["plain-eager"]).get("peak_bytes")
+            ratio = "" if form == "plain" or not base or peak is None else f" ({peak / base:.2f})"
+            cells.append("" if peak is None else f"{peak / 1e6:.0f}{ratio}")
+        lines.append(row(cells))
+    return lines
+
+
+def prediction_table(models: dict[str, Any]) -> list[str]:
+    lines = header(["", "ms predicted", "measured", "ratio", "MB predicted", "measured", "ratio"])
+    for name, own in models.items():
+        cells = [name]
+        for what, unit in (("seconds", 1e3), ("peak_bytes", 1e-6)):
+            predicted, measured = own[what]["predicted"], own[what]["measured"]
+            cells += [f"{predicted * unit:.1f}", f"{measured * unit:.1f}", f"{predicted / measured:.2f}"]
+        lines.append(row(cells))
+    return lines
+
+
+def header(cells: list[str]) -> list[str]:
+    return [row(cells), "|" + "---|" * len(cells)]
+
+
+def row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()
