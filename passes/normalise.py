@@ -15,6 +15,7 @@ from torch import fx
 from dpcompile.inline import carry_origin, inline
 from dpcompile.ir import Program
 from dpcompile.passes.marked_rows import gather_marked_rows
+from dpcompile.passes.open_masks import drop_open_masks
 from dpcompile.rules.sites.base import bind, is_tensor
 from dpcompile.torch_internals import fake_value
 
@@ -130,6 +131,7 @@ def normalise(program: Program) -> Program:
     program = program.copy()
     graph = program.graph
     gather_marked_rows(graph)
+    drop_open_masks(graph)
     for node in list(graph.nodes):
         if node.op == "call_function" and "_assert" in str(node.target):
             graph.erase_node(node)
