@@ -253,7 +253,7 @@ def test_a_private_run_on_batches_of_many_lengths() -> None:
     loader = DataLoader(data, batch_size=8, collate_fn=longest)  # pyright: ignore[reportArgumentType]
     optimizer = torch.optim.SGD(dp_model.parameters(), 0.1)
     options = {"noise_multiplier": 1.0, "target_delta": 1e-3, "batch_size": 12, "max_physical_batch": 3}
-    private = make_private(dp_model, optimizer, loader, **options)
+    private = make_private(dp_model, optimizer, loader, seed=0, **options)
     lengths = set()
     for ids, classes in private.loader:
         F.cross_entropy(dp_model(ids), classes).backward()
