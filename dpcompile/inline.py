@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
 
 from dpcompile.shapes import size_of
 from dpcompile.torch_internals import fake_mode_of, trace
@@ -36,9 +35,8 @@ def inline(
     inputs, count = [*inputs, *_lengths(graph)], len(inputs)
     kind = (key, *map(_layout, inputs), *map(inputs.index, inputs))  # a tensor that is given twice is traced as one
     traced = None if memo is None else memo.get(kind)
-    again = traced is not None
     if traced is None:
-        values = [node.meta["val"] for node in inputs]
+        values = _told_apart(inputs)
         traced = trace(
             lambda *given: list(fn(*given[:count])), *values, mode=fake_mode_of(graph), vmapped=vmapped
         ).graph
@@ -55,10 +53,18 @@ def inline(
         with graph.inserting_after(at):
             copy = graph.node_copy(node, env.__getitem__)
         copy.meta[PHASE] = phase
-        if again:  # two nodes with one fake tensor would be traced as one
-            copy.meta["val"] = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, copy.meta["val"])
         env[node] = at = copy
     raise AssertionError("a graph ends in its output")
+
+
+def _told_apart(nodes: Sequence[fx.Node]) -> list[Any]:
+    """Fake values, each of one node alone: copies of a traced graph share theirs, and would be traced as one."""
+    owners: dict[int, fx.Node] = {}
+    for node in nodes:
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor) and owners.setdefault(id(value), node) is not node:
+            node.meta["val"] = value.detach()
+    return [node.meta["val"] for node in nodes]
 
 
 def _lengths(graph: fx.Graph) -> list[fx.Node]:

@@ -113,6 +113,12 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
+@functools.cache
+def _core_decompositions() -> dict[OperatorBase, Callable[..., Any]]:
+    """torch's table looks through every op that is registered before it is read: once is enough."""
+    return dict(torch.export.default_decompositions())
+
+
 def trace(
     fn: Callable[..., Any], *values: Any, mode: FakeTensorMode, decompose: bool = False, vmapped: bool = False
 ) -> torch.fx.GraphModule:
@@ -121,7 +127,7 @@ def trace(
     make_fx in "real" mode on fake inputs keeps their ShapeEnv: the same symbol stands for the batch everywhere.
     `vmapped` says that `fn` uses torch.func.vmap over the batch: see `_trace_vmapped`.
     """
-    table = torch.export.default_decompositions() if decompose else {}
+    table = _core_decompositions() if decompose else {}
     with symbolic_batch(), enable_python_dispatcher(), without_autocast():
         free = _symbols(values)
         if vmapped and len(free) < 2:  # one number for each of several sizes could not be told apart in a trace
