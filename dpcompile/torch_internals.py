@@ -114,7 +114,7 @@ def without_autocast() -> Iterator[None]:
 
 
 @functools.cache
-def _core_decompositions() -> dict[OperatorBase, Callable[..., Any]]:
+def _core_decompositions() -> dict[Any, Callable[..., Any]]:
     """torch's table looks through every op that is registered before it is read: once is enough."""
     return dict(torch.export.default_decompositions())
 
