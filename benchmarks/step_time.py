@@ -57,21 +57,26 @@ Step = Callable[[], Tensor]
 
 
 def make_step(
-    workload: Workload, model: nn.Module, batch: tuple[Any, Tensor], method: str
+    workload: Workload, model: nn.Module, batch: tuple[Any, Tensor], method: str, autocast: bool = False
 ) -> tuple[Step, float, nn.Module]:
-    """A function that runs one step of `method`, the seconds dpcompile took, and the model with the gradients."""
+    """A function that runs one step of `method`, the seconds dpcompile took, and the model with the gradients.
+
+    `autocast`: forward and loss under torch.autocast to bfloat16.
+    """
     if method in PEERS:
         step, model = peer_step(workload, model, batch, method, MAX_GRAD_NORM)
         return step, 0.0, model
     form, _, mode = method.partition("-")
     inputs, targets = batch
+    narrow = torch.autocast(targets.device.type, torch.bfloat16, enabled=autocast)
     trained, prepare_seconds = model, 0.0
     if form != "plain":
         from dpcompile import dpcompile  # late: plain training does not need it
 
         fused: dict[str, Any] = {"loss_fn": workload.loss, "sample_targets": targets} if form == "fused" else {}
         started = time.perf_counter()
-        trained = dpcompile(model, inputs, max_grad_norm=MAX_GRAD_NORM, **fused)
+        with narrow:
+            trained = dpcompile(model, inputs, max_grad_norm=MAX_GRAD_NORM, **fused)
         prepare_seconds = time.perf_counter() - started
 
     def loss_of(inputs: Any, targets: Tensor) -> Tensor:
@@ -84,7 +89,8 @@ def make_step(
 
     def step() -> Tensor:
         model.zero_grad(set_to_none=True)
-        loss = loss_of(inputs, targets)
+        with narrow:
+            loss = loss_of(inputs, targets)
         loss.backward()
         return loss
 
@@ -146,7 +152,9 @@ def relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:
     return math.sqrt(difference / size)
 
 
-def measure_times(workload: Workload, methods: list[str], rounds: int, device: torch.device) -> dict[str, Any]:
+def measure_times(
+    workload: Workload, methods: list[str], rounds: int, device: torch.device, autocast: bool = False
+) -> dict[str, Any]:
     """Per method: seconds of each round, seconds to prepare, and the error of its gradient against plain-eager's.
 
     A peer that does not take the model has its reason instead.
@@ -158,7 +166,7 @@ def measure_times(workload: Workload, methods: list[str], rounds: int, device: t
     for method in methods:  # plain-eager is the first
         started = time.perf_counter()
         try:
-            step, dpcompile_seconds, trained = make_step(workload, model, batch, method)
+            step, dpcompile_seconds, trained = make_step(workload, model, batch, method, autocast)
             for _ in range(WARM_UP_STEPS):
                 step()
         except Exception as error:
@@ -210,11 +218,13 @@ def release(model: nn.Module) -> None:
                 setattr(parameter, name, None)
 
 
-def measure_peak(workload: Workload, method: str, device: torch.device, warm_up: int = WARM_UP_STEPS) -> dict[str, Any]:
+def measure_peak(
+    workload: Workload, method: str, device: torch.device, warm_up: int = WARM_UP_STEPS, autocast: bool = False
+) -> dict[str, Any]:
     """Peak bytes of one step above the level between steps; without /proc, above the loaded model."""
     model, batch = load(workload, device)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    step, _, model = make_step(workload, model, batch, method)
+    step, _, model = make_step(workload, model, batch, method, autocast)
     for _ in range(warm_up):
         step()
     release(model)
@@ -237,6 +247,7 @@ def measure_peak(workload: Workload, method: str, device: torch.device, warm_up:
 
 def measure_peak_in_fresh_process(name: str, method: str, args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, name, "--peak-of", method, "--device", str(args.device)]
+    command += ["--autocast"] * args.autocast
     if args.threads:
         command += ["--threads", str(args.threads)]
     # A block goes back to the system when freed, so that what is resident is what is held and not what was.
@@ -343,6 +354,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: eager; those compiled with --compile")
     parser.add_argument("--peers", action="store_true", help="time Opacus and vmap(grad) as well")
     parser.add_argument("--compile", action="store_true", help="time the torch.compile'd methods as well")
+    parser.add_argument("--autocast", action="store_true", help="forward and loss under autocast to bfloat16")
     parser.add_argument("--against", choices=["plain"], default="plain", help="what the ratios are to")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
@@ -354,6 +366,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
+    if args.autocast and (args.peers or set(args.methods or ()) & set(PEERS)):
+        parser.error("--autocast is for plain training and dpcompile: peers are timed in float32")
     return args
 
 
@@ -363,7 +377,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     if args.peak_of:
-        print(json.dumps(measure_peak(WORKLOADS[args.models[0]], args.peak_of, device)))
+        print(json.dumps(measure_peak(WORKLOADS[args.models[0]], args.peak_of, device, autocast=args.autocast)))
         return
 
     keep_freed_memory()
@@ -373,7 +387,7 @@ def main() -> None:
     console = open_console(report)
     for name in args.models:
         torch._dynamo.reset()
-        records = measure_times(WORKLOADS[name], methods, args.rounds, device)
+        records = measure_times(WORKLOADS[name], methods, args.rounds, device, args.autocast)
         summarize(records)
         if args.memory:
             for method in (m for m in methods if "refused" not in records[m]):

@@ -53,6 +53,8 @@ SHORT, LONG = 64, 2048
 """Terms of a float32 sum before float64 takes over, in sums of more than LONG terms."""
 SECOND_ORDER = 1.001
 """Covers products of bounds, each below 1e-4, and the rounding of the bounds themselves."""
+FEW = 3
+"""Small gradients that are not worth a copy that puts them side by side."""
 WELL_BELOW = 2e-4
 """Relative over-estimate of a norm under which the simplest bound will do."""
 
@@ -145,7 +147,7 @@ def kept_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
     """
     small = [flat(grad) for grad in grads if hint(flat(grad).shape[1]) <= LONG]
     large = [flat(grad) for grad in grads if hint(flat(grad).shape[1]) > LONG]
-    if len(small) > 1:
+    if len(small) > FEW:
         small = [joined(small, 1)]
     square = added([sq_norm(values) for values in (*small, *large)])
     return torch.stack([square, torch.zeros_like(square)])

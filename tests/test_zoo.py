@@ -28,7 +28,7 @@ IN_FLOAT64 = tuple(
     name for name in CASES if name not in ("bart", "roberta", "albert", "vgg19", "lora_merged", "t5", "beit")
 )
 IN_FLOAT32 = ("lstm",)
-FUSED = ("gpt2", "lstm")
+FUSED = ("gpt2",)
 BATCH_SIZES = (SAMPLE_BATCH, 1, SAMPLE_BATCH + 1, 0)
 HAS_CPP_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))  # inductor needs one on a CPU
 
