@@ -111,7 +111,7 @@ def test_functions_and_groupings_match_the_oracle(
         assert_close(dp_model.per_group_norms[group.name], own.norms, RTOL, group.name)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
+@pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.slow), True], ids=["split", "fused"])
 def test_per_layer_clipping_compiled_gives_the_eager_gradients(fused: bool) -> None:
     net = case()
     x, y = net.batch(4, seed=1)
@@ -151,7 +151,7 @@ def test_per_layer_clipping_keeps_no_more_than_plain_training() -> None:
     assert flat >= 1.3 * plain
 
 
-@pytest.mark.parametrize("groups", ["flat", "per-layer"])
+@pytest.mark.parametrize("groups", [pytest.param("flat", marks=pytest.mark.slow), "per-layer"])
 def test_tied_weights_of_a_real_model_are_clipped_in_one_group(groups: str) -> None:
     gpt2 = CASES["gpt2"]()
     x, y = gpt2.batch(SAMPLE_BATCH)

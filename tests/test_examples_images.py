@@ -38,7 +38,9 @@ def test_cnn_trains_privately(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert figure.stat().st_size > 0
 
 
-@pytest.mark.parametrize(("model", "size"), [("resnet18", 16), ("vgg19", 32), ("vit", 8)])
+@pytest.mark.parametrize(
+    ("model", "size"), [("resnet18", 16), ("vgg19", 32), pytest.param("vit", 8, marks=pytest.mark.slow)]
+)
 def test_every_model_of_cnn_is_captured_and_gives_logits_of_every_image(model: str, size: int) -> None:
     import torch
 

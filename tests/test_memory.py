@@ -100,7 +100,7 @@ def times_of(schedule: Schedule) -> Times:
     return {use.name: {m: known[use.name][m] for m in use.cost.choices} for use in schedule.uses}
 
 
-@pytest.mark.parametrize("method", ["auto", "ghost", "explicit"])
+@pytest.mark.parametrize("method", ["auto", *(pytest.param(m, marks=pytest.mark.slow) for m in ("ghost", "explicit"))])
 @pytest.mark.parametrize("build", MODELS)
 def test_the_memory_of_a_graph_is_what_is_counted(build: Callable[[], tuple[nn.Module, Tensor]], method: str) -> None:
     analysis, model, sample = analysed(build)
