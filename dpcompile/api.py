@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpcompile import steptime
 from dpcompile.budget import Schedule
 from dpcompile.calls import CallSpec, bind_sample, sample_values
 from dpcompile.certified import without_bounds
@@ -26,6 +27,7 @@ from dpcompile.passes.capture import Captured, capture
 from dpcompile.passes.check_supported import check_supported
 from dpcompile.passes.choose_norms import POLICIES, choose_norms, modelled
 from dpcompile.passes.combine import GroupReader
+from dpcompile.passes.compute_again import compute_again, with_again
 from dpcompile.passes.drop_tangents import drop_tangents
 from dpcompile.passes.estimate_costs import estimate_costs
 from dpcompile.passes.find_sites import find_sites
@@ -54,6 +56,7 @@ VALIDATE = ("probe", "off")
 REWRITES: tuple[Rewrite, ...] = (
     insert_norms,  # reads the tensors of every site: before tidy drops what nothing reads yet
     reweight_gradients,  # needs the clip factors
+    compute_again,  # among the sums
     tidy,
     spare_masks,  # of the marks that tidy has merged
     keep_layouts,
@@ -188,6 +191,7 @@ class Analysis:
         size = batch_size or max(self.call.batch_size, 1)
         times = {group.name: modelled(group, device, size) for group in costs.groups}
         measured = self.measured(candidates(costs, times, size), size) if tune else None
+        schedule = self.schedule(costs, clipping)
         plan = choose_norms(
             self.program,
             self.uses,
@@ -196,13 +200,20 @@ class Analysis:
             policy=policy,
             batch_size=size,
             clipping=clipping,
-            schedule=self.schedule(costs, clipping),
+            schedule=schedule,
             budget=memory_budget,
             measured=measured,
+            again=self._seconds_again(schedule, device, size),
         )
+        plan = with_again(plan, self._readers(self.backward), self.backward.program)
         sizes = (size.node.hint for size in self.program.lengths)
         lengths = dict(zip((length.name for length in self.call.lengths), sizes, strict=True))
         return replace(plan, checkpointed=self.captured.checkpointed, lengths=lengths)
+
+    def _seconds_again(self, schedule: Schedule, device: DeviceSpec, batch_size: int) -> list[float]:
+        """What each segment of the backward takes if it is computed again."""
+        own = {node.name: s for node, s in steptime.times(self.backward.program, device, batch_size).items()}
+        return [sum(own[name] for _, name in segment.ops) for segment in schedule.segments]
 
     def costs(self) -> Costs:
         """Of every group of uses, by method."""

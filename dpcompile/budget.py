@@ -3,7 +3,9 @@
 The traced backward is the clock. A group of uses takes its norm as soon as its gradients are there, and its clipped sum
 when the clip factors are. What waits in between depends on the method: ghost and explicit norms read layer inputs and
 output gradients once more for the sum, so that these stay booked (arXiv:2210.00038 section 3); a kept gradient lets go
-of them, but stays itself. So memory at any moment is a constant plus a linear function of the choices, and the plan is
+of them, but stays itself. Or a segment of the backward is computed a second time, behind the clip factors: what it
+makes need not be booked then, but what it reads has to wait. So memory at any moment is a constant plus a linear
+function of the choices, and the plan is
 
     minimise the sum of times, subject to one method for each group and memory <= budget at every moment,
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,7 +76,7 @@ class Use:
         Several uses are put side by side, one factor after the other, and each of them is let go of then. Where
         products are added up in float64, both factors are there in float64 too.
         """
-        if method.keeps:
+        if method.keeps or method is Method.STREAMED:
             return Bytes()
         total = 0
         for part, s in ((part, part.sizes) for part in self.cost.parts):
@@ -97,12 +99,22 @@ def _affine(size: Callable[[int], float]) -> Bytes:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Consecutive ops of the backward that may be computed again, by position. Some of them need not be."""
+
+    ops: tuple[tuple[int, str], ...]  # position and name
+    makes: Mapping[Root, int]  # by which op
+    reads: Mapping[Root, int]  # by which op for the last time, its own among them
+
+
+@dataclass(frozen=True)
 class Fitted:
     """What was chosen for every group; nothing if nothing fits. `peak` is the predicted one, in bytes."""
 
     methods: Mapping[str, Method]
     peak: float
     proven: bool = True  # that no plan is better by more than GAP
+    again: tuple[int, ...] = ()  # segments that are computed again
 
 
 @dataclass(frozen=True)
@@ -113,6 +125,7 @@ class Schedule:
     lives: Mapping[Root, Life]
     uses: tuple[Use, ...]
     itemsize: int
+    segments: tuple[Segment, ...] = ()  # from the loss to the inputs; none where there are several clip groups
 
     def plain(self) -> Timeline:
         """Memory of plain training of the same graph: each use makes its part of the gradient at once."""
@@ -126,146 +139,245 @@ class Schedule:
         lives = [Life(life.size, 2 * life.birth, deaths[root]) for root, life in self.lives.items()]
         return Timeline.of([*lives, *made], end)
 
-    def private(self, methods: Mapping[str, Method]) -> Timeline:
+    def private(self, methods: Mapping[str, Method], again: Collection[int] = ()) -> Timeline:
         """Memory of private training by a plan."""
-        programme = _Programme(self, {name: [method] for name, method in methods.items()})
-        return programme.timeline(np.ones(len(programme.columns)))
+        programme = _Programme(self, {name: [method] for name, method in methods.items()}, again)
+        return programme.timeline({*methods.items(), *again})
 
-    def fit(self, times: Times, batch_size: int, budget: float) -> Fitted:
-        """The methods of least total time whose memory stays within `budget` bytes."""
-        programme = _Programme(self, times)
-        seconds = np.array([times[name][method] for name, method in programme.columns])
-        return programme.solve(seconds / max(seconds.sum(), 1e-30), batch_size, budget)
+    def fit(self, times: Times, batch_size: int, budget: float, again: Sequence[float] = ()) -> Fitted:
+        """The methods of least total time whose memory stays within `budget` bytes.
 
-    def least(self, times: Times, batch_size: int) -> Fitted:
-        """The methods with the lowest peak, whatever they take."""
-        return _Programme(self, times).solve(None, batch_size, np.inf)
+        `again` has the seconds of every segment. Without any segment the programme is much smaller; its plan is taken
+        if a segment costs more than what could be gained.
+        """
+        found = _Programme(self, times).solve(times, again, batch_size, budget)
+        if not again:
+            return found
+        least = sum(min(own.values()) for own in times.values())
+        if found.methods and sum(times[n][m] for n, m in found.methods.items()) <= (least + min(again)) * (1 + GAP):
+            return found
+        better = _Programme(self, times, range(len(again))).solve(times, again, batch_size, budget)
+        return better if better.methods else found
+
+    def least(self, times: Times, batch_size: int, *, again: bool = False) -> Fitted:
+        """The methods with the lowest peak, whatever they take; with `again` segments may be computed again."""
+        segments = range(len(self.segments)) if again else ()
+        return _Programme(self, times, segments).solve(None, (), batch_size, np.inf)
+
+
+Column = tuple[str, Method] | int
+"""Something to choose: a method for a group, or a segment that is computed again."""
 
 
 class _Programme:
-    """Columns: one choice for each group and method, then whether each value waits for each clip group's factors.
+    """Columns: what there is to choose, then whether a value is still there from one of its readers to the next.
 
     Every column, as every value of the backbone, is so many bytes from one moment to another. The moments are those of
-    the backbone with one more for each norm, and two for each clipped sum behind the last norm of its clip group.
+    the backbone with one more for each norm; behind the last norm of a clip group two for each clipped sum, and one for
+    each op of the backward that may be computed again.
     """
 
-    def __init__(self, schedule: Schedule, options: Mapping[str, Iterable[Method]]) -> None:
+    def __init__(
+        self, schedule: Schedule, options: Mapping[str, Iterable[Method]], segments: Collection[int] = ()
+    ) -> None:
         self._uses = {use.name: use for use in schedule.uses}
-        self.columns = [(use.name, method) for use in schedule.uses for method in options[use.name]]
-        starts, norms, sums, self._end = _moments(schedule)
-        deaths = {root: starts[life.death] for root, life in schedule.lives.items()}
-        waits: dict[tuple[Root, int], int] = {}  # until when, by value and clip group
-        for use in schedule.uses:
-            for root in use.reads:
-                deaths[root] = max(deaths[root], norms[use.name])
-                key = (root, use.clip_group)
-                waits[key] = max(waits.get(key, 0), sums[use.name])
-        lives = schedule.lives
-        self._always = [Life(life.size, starts[life.birth], deaths[root]) for root, life in lives.items()]
-        self._always += [Life(use.gradient, sums[use.name], self._end - 1) for use in schedule.uses]
+        self._itemsize = schedule.itemsize
+        self.columns: list[Column] = [(use.name, method) for use in schedule.uses for method in options[use.name]]
+        self.columns += segments
+        self._index = {column: i for i, column in enumerate(self.columns)}
         self._chosen: list[tuple[int, Life]] = []  # by column
-        for i, (name, method) in enumerate(self.columns):
-            use, at, later = self._uses[name], norms[name], sums[name]
-            self._chosen.append((i, Life(use.kept(method), at, later)))
-            self._chosen.append((i, Life(use.during_norm(method, schedule.itemsize), at, at)))
-            self._chosen.append((i, Life(use.before_sum(method, schedule.itemsize), later - 1, later - 1)))
-        self._waits = list(waits)
-        for i, (root, clip_group) in enumerate(waits, start=len(self.columns)):
-            if deaths[root] < waits[root, clip_group]:
-                self._chosen.append((i, Life(lives[root].size, deaths[root] + 1, waits[root, clip_group])))
+        self._bounds: list[tuple[int, tuple[int, ...], int | None]] = []
+        """A column, others of which it is no less than the sum, and one that makes up for it."""
+        self._width = len(self.columns)
+        clock = _Clock.of(schedule, segments)
+        self._end = clock.end
+        for column, index in self._index.items():
+            if isinstance(column, tuple):
+                self._add_method(index, *column, clock)
+        self._always = [Life(use.gradient, clock.sums[use.name], self._end - 1) for use in schedule.uses]
+        readers = self._readers(schedule, segments, clock)
+        second = {
+            root: (self._index[i], clock.again[at]) for i in segments for root, at in schedule.segments[i].makes.items()
+        }
+        for root, life in schedule.lives.items():
+            death = max([clock.ops[life.death], *(clock.norms[use.name] for use in self._reading.get(root, ()))])
+            self._always.append(Life(life.size, clock.ops[life.birth], death))
+            self._add_waits(life.size, death, readers.get(root, {}), second.get(root))
 
-    def timeline(self, chosen: np.ndarray) -> Timeline:
-        """Of a choice for each column."""
-        again = [self._uses[n] for (n, method), x in zip(self.columns, chosen, strict=True) if x and not method.keeps]
-        reread = {(root, use.clip_group) for use in again for root in use.reads}
-        there = [*chosen, *(key in reread for key in self._waits)]
+    def _add_method(self, index: int, name: str, method: Method, clock: _Clock) -> None:
+        use, at, later = self._uses[name], clock.norms[name], clock.sums[name]
+        self._chosen.append((index, Life(use.kept(method), at, later)))
+        self._chosen.append((index, Life(use.during_norm(method, self._itemsize), at, at)))
+        self._chosen.append((index, Life(use.before_sum(method, self._itemsize), later - 1, later - 1)))
+
+    def _readers(
+        self, schedule: Schedule, segments: Iterable[int], clock: _Clock
+    ) -> dict[Root, dict[int, list[tuple[int, ...]]]]:
+        """Who reads a value behind the clip factors: by moment, columns of which one at most is chosen."""
+        found: dict[Root, dict[int, list[tuple[int, ...]]]] = defaultdict(lambda: defaultdict(list))
+        self._reading: dict[Root, list[Use]] = defaultdict(list)
+        rereading: dict[str, list[int]] = defaultdict(list)
+        for column, i in self._index.items():
+            if isinstance(column, tuple) and not column[1].keeps:
+                rereading[column[0]].append(i)
+        for use in schedule.uses:
+            again = tuple(rereading[use.name])
+            for root in use.reads:
+                self._reading[root].append(use)
+                if again:
+                    found[root][clock.sums[use.name]].append(again)
+        for i in segments:
+            segment = schedule.segments[i]
+            for root, at in [*segment.makes.items(), *segment.reads.items()]:
+                found[root][clock.again[at]].append((self._index[i],))
+        return found
+
+    def _add_waits(
+        self,
+        size: Bytes,
+        death: int,
+        readers: Mapping[int, Sequence[tuple[int, ...]]],
+        second: tuple[int, int] | None,
+    ) -> None:
+        """One column from each reader of a value to the next; it is no less than that reader, and than the next column.
+
+        A value that is made again does not wait for that: `second` is the column of the segment, and the moment.
+        """
+        moments = sorted(moment for moment in readers if moment > death)
+        if not moments:
+            return
+        if second is not None:
+            moments.insert(0, second[1] - 1)
+        since = death
+        for moment in moments:
+            column, self._width = self._width, self._width + 1
+            self._chosen.append((column, Life(size, since + 1, moment)))
+            self._bounds += [(column, reader, None) for reader in readers.get(moment, ())]
+            if moment != moments[-1]:
+                instead = second[0] if second is not None and moment == second[1] - 1 else None
+                self._bounds.append((column, (column + 1,), instead))
+            since = moment
+
+    def timeline(self, chosen: Collection[Column]) -> Timeline:
+        """Of what is chosen among the columns."""
+        there = [column in chosen for column in self.columns] + [False] * (self._width - len(self.columns))
+        for column, others, instead in reversed(self._bounds):  # later moments first
+            wanted = any(there[i] for i in others)
+            there[column] |= wanted and not (instead is not None and there[instead])
         return Timeline.of([*self._always, *(life for i, life in self._chosen if there[i])], self._end)
 
-    def solve(self, objective: np.ndarray | None, batch_size: int, budget: float) -> Fitted:
-        """The choice of least objective within the budget; without an objective, that of the lowest peak.
+    def solve(self, times: Times | None, again: Sequence[float], batch_size: int, budget: float) -> Fitted:
+        """The choice of least time within the budget; without times, that of the lowest peak.
 
         The peak is a column of its own, behind the others.
         """
-        count, width = len(self.columns), len(self.columns) + len(self._waits) + 1
-        constant, matrix = self._rows(batch_size, width - 1)
+        count = len(self.columns)
+        constant, matrix = self._rows(batch_size)
         scale = float(constant.max(initial=1.0))
         peak = csr_array(-np.ones((len(constant), 1)))
-        weights = np.zeros(width)
-        if objective is None:
+        weights = np.zeros(self._width + 1)
+        if times is None:
             weights[-1] = 1.0
         else:
-            weights[:count] = objective
+            seconds = [again[c] if isinstance(c, int) else times[c[0]][c[1]] for c in self.columns]
+            weights[:count] = np.array(seconds) / max(sum(seconds), 1e-30)
         found = milp(
             weights,
-            integrality=np.arange(width) < count,
-            bounds=Bounds(0, np.append(np.ones(width - 1), budget / scale)),  # pyright: ignore[reportArgumentType]
+            integrality=np.arange(self._width + 1) < count,
+            bounds=Bounds(0, np.append(np.ones(self._width), budget / scale)),  # pyright: ignore[reportArgumentType]
             constraints=[
                 LinearConstraint(
                     hstack([matrix / scale, peak]),
                     -np.inf,
                     -constant / scale,  # pyright: ignore[reportArgumentType]
                 ),
-                LinearConstraint(self._one_of_each(width), 1, 1),
-                *([LinearConstraint(self._waiting(width), -np.inf, 0)] if self._waits else []),
+                LinearConstraint(self._one_of_each(), 1, 1),
+                *([LinearConstraint(self._waiting(), -np.inf, 0)] if self._bounds else []),
             ],
             options={"time_limit": SECONDS, "mip_rel_gap": GAP},
         )
         if found.x is None:
             return Fitted({}, np.inf)
-        chosen = np.round(found.x[:count])
-        methods = {name: method for (name, method), x in zip(self.columns, chosen, strict=True) if x}
-        return Fitted(methods, self.timeline(chosen).peak(batch_size), found.status == 0)
+        chosen = {column for column, x in zip(self.columns, np.round(found.x[:count]), strict=True) if x}
+        methods = dict(column for column in chosen if isinstance(column, tuple))
+        segments = tuple(sorted(column for column in chosen if isinstance(column, int)))
+        return Fitted(methods, self.timeline(chosen).peak(batch_size), found.status == 0, segments)
 
-    def _rows(self, batch_size: int, width: int) -> tuple[np.ndarray, csr_array]:
-        """Memory at every moment as constant + matrix @ columns; one row, the largest, while no column changes."""
+    def _rows(self, batch_size: int) -> tuple[np.ndarray, csr_array]:
+        """Memory as constant + matrix @ columns, at the moments at which it may be at its peak.
+
+        While nothing of a column begins or ends there is one, the largest; and where nothing ends behind a moment, the
+        next has no less.
+        """
         constant = Timeline.of(self._always, self._end).at(batch_size)
         spans = [(i, life.size.at(batch_size), life.birth, life.death + 1) for i, life in self._chosen]
         spans = [span for span in spans if span[1]]
         cuts = sorted({0, self._end, *(moment for *_, birth, end in spans for moment in (birth, end))})
-        row_of = {moment: row for row, moment in enumerate(cuts)}
         rows = np.array([constant[start:stop].max() for start, stop in itertools.pairwise(cuts)])
+        ending = {end for *_, end in spans}
+        follows = [*(stop in ending for stop in cuts[1:-1]), True]
+        keep = [
+            here or before > after for here, before, after in zip(follows, rows, np.append(rows[1:], 0.0), strict=True)
+        ]
+        number = np.cumsum([0, *keep])  # of the first row kept at or behind a cut
+        row_of = dict(zip(cuts, number, strict=True))
         entries = [(row, i, size) for i, size, birth, end in spans for row in range(row_of[birth], row_of[end])]
         at, columns, sizes = zip(*entries, strict=True) if entries else ((), (), ())
-        return rows, coo_array((sizes, (at, columns)), shape=(len(rows), width)).tocsr()
+        shape = (int(number[-1]), self._width)
+        return rows[np.array(keep, dtype=bool)], coo_array((sizes, (at, columns)), shape=shape).tocsr()
 
-    def _one_of_each(self, width: int) -> csr_array:
-        rows = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in self.columns))}
-        at = [rows[name] for name, _ in self.columns]
-        return csr_array((np.ones(len(at)), (at, np.arange(len(at)))), shape=(len(rows), width))
+    def _one_of_each(self) -> csr_array:
+        names = [column[0] for column in self.columns if isinstance(column, tuple)]
+        rows = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        at = [rows[name] for name in names]
+        return csr_array((np.ones(len(at)), (at, np.arange(len(at)))), shape=(len(rows), self._width + 1))
 
-    def _waiting(self, width: int) -> csr_array:
-        """A value waits if one of its uses has a method that reads it again: sum of those choices <= column."""
-        again = defaultdict(list)
-        for i, (name, method) in enumerate(self.columns):
-            if not method.keeps:
-                again[name].append(i)
+    def _waiting(self) -> csr_array:
+        """The sum of others <= column (+ what makes up for it)."""
         entries: list[tuple[int, int, float]] = []
-        row = 0
-        column_of = {key: i for i, key in enumerate(self._waits, start=len(self.columns))}
-        for use in self._uses.values():
-            for root in use.reads:
-                entries += [(row, i, 1.0) for i in again[use.name]] + [(row, column_of[root, use.clip_group], -1.0)]
-                row += 1
+        for row, (column, others, instead) in enumerate(self._bounds):
+            entries += [(row, column, -1.0), *((row, other, 1.0) for other in others)]
+            if instead is not None:
+                entries.append((row, instead, -1.0))
         at, columns, values = zip(*entries, strict=True)
-        return csr_array((values, (at, columns)), shape=(row, width))
+        return csr_array((values, (at, columns)), shape=(len(self._bounds), self._width + 1))
 
 
-def _moments(schedule: Schedule) -> tuple[list[int], dict[str, int], dict[str, int], int]:
-    """The moment of each op, of each norm and of each clipped sum, and how many there are."""
-    ends: dict[int, int] = defaultdict(int)  # behind which op the clip factors of a clip group are there
-    for use in schedule.uses:
-        ends[use.clip_group] = max(ends[use.clip_group], use.norm)
-    behind: dict[int, list[tuple[str, dict[str, int]]]] = defaultdict(list)
-    norms: dict[str, int] = {}
-    sums: dict[str, int] = {}
-    for use in schedule.uses:
-        behind[use.norm].append((use.name, norms))
-    for use in reversed(schedule.uses):  # the order in which they are written
-        behind[ends[use.clip_group]] += [(use.name, sums), (use.name, sums)]  # made ready, and formed
-    starts: list[int] = []
-    clock = itertools.count()
-    for position in range(schedule.length):
-        starts.append(next(clock))
-        for name, moments in behind[position]:
-            moments[name] = next(clock)
-    return starts, norms, sums, next(clock)
+@dataclass(frozen=True)
+class _Clock:
+    """The moment of each op, of each norm and clipped sum by use, and of each op that may be computed again."""
+
+    ops: Sequence[int]
+    norms: Mapping[str, int]
+    sums: Mapping[str, int]
+    again: Mapping[int, int]  # by position
+    end: int
+
+    @classmethod
+    def of(cls, schedule: Schedule, segments: Iterable[int]) -> _Clock:
+        ends: dict[int, int] = defaultdict(int)  # behind which op the clip factors of a clip group are there
+        behind: dict[int, list[Use]] = defaultdict(list)
+        for use in schedule.uses:
+            ends[use.clip_group] = max(ends[use.clip_group], use.norm)
+            behind[use.norm].append(use)
+        last: dict[int, list[int]] = defaultdict(list)
+        for group, position in ends.items():
+            last[position].append(group)
+        again = {at for i in segments for at, _ in schedule.segments[i].ops}
+        clock = itertools.count()
+        ops: list[int] = []
+        norms: dict[str, int] = {}
+        sums: dict[str, int] = {}
+        second: dict[int, int] = {}
+        for position in range(schedule.length):
+            ops.append(next(clock))
+            norms |= {use.name: next(clock) for use in behind[position]}
+            for group in last[position]:
+                for at in sorted({*behind, *again}):  # the order in which they are written
+                    if at in again:
+                        second[at] = next(clock)
+                    for use in reversed(behind[at]):
+                        if use.clip_group == group:
+                            next(clock)  # made ready, and formed
+                            sums[use.name] = next(clock)
+        return cls(ops, norms, sums, second, next(clock))

@@ -14,6 +14,7 @@ data, not only the sizes: what a Gram matrix may be off by is weighed by the oth
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ from dpcompile.forms import (
     written_out,
 )
 from dpcompile.joined import joined
-from dpcompile.patches import overlapped, padded
+from dpcompile.patches import kernel_squares, overlapped, padded
 from dpcompile.shapes import hint, is_one
 
 BLOCK = 1024
@@ -171,6 +172,14 @@ def dropped_norm(forms: Sequence[Form], *, tiled: bool = False) -> torch.Tensor:
     grad = added(grads)
     square = sq_norm(grad) * (1 + 4 * storage_unit(grad.dtype))  # what was written down is not what the sum adds
     return torch.stack([square, torch.zeros_like(square) + error**2])
+
+
+def streamed_norm(form: Patched) -> torch.Tensor:
+    """[2, B] from per-sample gradients that the clipped sum forms once more by the same calls: nothing is added."""
+    count = math.prod(form.shape)
+    squares = kernel_squares(form.rows, form.image, form.window, form.shape)
+    square = squares * (1 + 2 * gamma(count + 4, torch.float64))
+    return torch.stack([square, torch.zeros_like(square)])
 
 
 def _single(forms: Sequence[Form]) -> Outer | None:

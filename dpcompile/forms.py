@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dpcompile import finite
-from dpcompile.patches import Window, kernel_gradient, kernel_gradients, patches
+from dpcompile.patches import Window, kernel_gradient, kernel_gradients, kernel_sum, patches
 from dpcompile.shapes import hint
 
 Dims = tuple[int, ...]
@@ -243,8 +243,16 @@ def swapped(form: Outer) -> Outer:
 # ------------------------------------------------------------------ clipped sums
 
 
-def weighted_sum(form: Form, weight_B: torch.Tensor, finite_B: torch.Tensor | None = None) -> torch.Tensor:
-    """sum_i weight_i G_i, of the value's shape, as one GEMM: (weight * rows)^T cols. Nothing of samples not finite."""
+def weighted_sum(
+    form: Form, weight_B: torch.Tensor, finite_B: torch.Tensor | None = None, *, streamed: bool = False
+) -> torch.Tensor:
+    """sum_i weight_i G_i, of the value's shape, as one GEMM: (weight * rows)^T cols. Nothing of samples not finite.
+
+    `streamed`: of patches, by the gradients of single samples as `kernel_squares` has them.
+    """
+    if streamed and isinstance(form, Patched):
+        rows, image = _finite(form.rows, finite_B), _finite(form.image, finite_B)
+        return kernel_sum(rows, image, weight_B.to(_wide(rows.dtype)), form.window, form.shape)
     if isinstance(form, Explicit):
         return weighted_sum_kept(form.grad, weight_B, finite_B)
     if isinstance(form, OneHot):

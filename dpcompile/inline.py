@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from dpcompile.shapes import size_of
-from dpcompile.torch_internals import fake_mode_of, trace
+from dpcompile.torch_internals import fake_mode_of, trace, uncached
 
 Memo = dict[Hashable, fx.Graph]
 """Graphs by what was traced: a layer that a model has many times is traced once."""
@@ -37,9 +37,9 @@ def inline(
     traced = None if memo is None else memo.get(kind)
     if traced is None:
         values = _told_apart(inputs)
-        traced = trace(
-            lambda *given: list(fn(*given[:count])), *values, mode=fake_mode_of(graph), vmapped=vmapped
-        ).graph
+        mode = fake_mode_of(graph)
+        with uncached(mode):  # what is alike is in the memo
+            traced = trace(lambda *given: list(fn(*given[:count])), *values, mode=mode, vmapped=vmapped).graph
         traced.eliminate_dead_code()
         if memo is not None:
             memo[kind] = traced

@@ -45,18 +45,18 @@ def largest_batches(analysis: Analysis, memory: float, device: DeviceSpec, reser
     plain = fitting(schedule.plain())
     options = {use.name: dict.fromkeys(use.cost.choices, 0.0) for use in schedule.uses}
     best, size = 0, 1
-    least = schedule.least(options, 1).methods
+    least = schedule.least(options, 1, again=True)
     for _ in range(8):  # which plan needs least depends on the batch, and the batch on the plan: ends at once or soon
-        found = fitting(schedule.private(least))
+        found = fitting(schedule.private(least.methods, least.again))
         best = max(best, found)
         if found in (size, 0):
             break
         size = found
-        least = schedule.least(options, size).methods
+        least = schedule.least(options, size, again=True)
     if best == 0:
         raise DPCompileError(
             f"maxbatch: not one sample fits into {human(memory - reserve, 'B')}: parameters and buffers take "
-            f"{human(level.fixed, 'B')}, a private step {human(schedule.private(least).peak(1), 'B')} for one sample."
+            f"{human(level.fixed, 'B')}, a private step {human(least.peak, 'B')} for one sample."
         )
     plan = analysis.plan("auto", device=device, batch_size=best, memory_budget=memory - reserve - level.at(best))
     return Largest(plain, best, plan, level)

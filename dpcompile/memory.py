@@ -18,9 +18,11 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from dpcompile.finite import finite_rows
 from dpcompile.ir import InputKind, Program
 from dpcompile.shapes import hint, is_one, size_of
 from dpcompile.torch_internals import sample_sizes
+from dpcompile.twice import twice
 
 aten = torch.ops.aten
 
@@ -150,7 +152,7 @@ def of_one_term(node: fx.Node) -> bool:
 
 
 def _is_view(node: fx.Node) -> bool:
-    if of_one_term(node):
+    if of_one_term(node) or node.target in (finite_rows, twice):
         return True
     schema = getattr(node.target, "_schema", None)
     if schema is None or not any(r.alias_info is not None for r in schema.returns):

@@ -5,6 +5,8 @@ that norms and clipped sums need can do without:
 
     Gram of patches     S[t,s] = sum_delta K[t + delta, s + delta], K the Gram of the image's own positions
     gradients of kernels, summed or per sample: what convolution's own backward computes
+
+Per-sample gradients that are too large to be kept come a few at a time: once to be squared, once to be summed.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,8 +101,24 @@ def kernel_gradient(rows: torch.Tensor, image: torch.Tensor, window: Window, sha
 
 def kernel_gradients(rows: torch.Tensor, image: torch.Tensor, window: Window, shape: tuple[int, ...]) -> torch.Tensor:
     """[B, *shape] the same for each sample: all as groups of one convolution, or one after the other (`together`)."""
+    return _each(*_arguments(rows, image, window, shape))
+
+
+def kernel_squares(rows: torch.Tensor, image: torch.Tensor, window: Window, shape: tuple[int, ...]) -> torch.Tensor:
+    """[B] float64: the sum of squares of each of `kernel_gradients`, of which a few are there at a time."""
+    return _squares(*_arguments(rows, image, window, shape))
+
+
+def kernel_sum(
+    rows: torch.Tensor, image: torch.Tensor, weight_B: torch.Tensor, window: Window, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """The weighted sum of just those gradients that `kernel_squares` squares: they are formed by the same calls."""
+    return _sum(*_arguments(rows, image, window, shape), weight_B)
+
+
+def _arguments(rows: torch.Tensor, image: torch.Tensor, window: Window, shape: tuple[int, ...]) -> tuple[Any, ...]:
     image, padding = _evenly_padded(image, window, tuple(rows.shape[2:]))
-    return _each(rows, image, list(shape), window.stride, padding, window.dilation, window.groups)
+    return rows, image, list(shape), list(window.stride), padding, list(window.dilation), window.groups
 
 
 def _evenly_padded(image: torch.Tensor, window: Window, positions: tuple[int, ...]) -> tuple[torch.Tensor, list[int]]:
@@ -138,6 +156,18 @@ def _each(
     dilation: list[int],
     groups: int,
 ) -> torch.Tensor:
+    return _gradients(rows, image, shape, stride, padding, dilation, groups)
+
+
+def _gradients(
+    rows: torch.Tensor,
+    image: torch.Tensor,
+    shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
     window = Window(tuple(shape[2:]), tuple(stride), tuple((pad, pad) for pad in padding), tuple(dilation), groups)
     batch, positions, sizes = rows.shape[0], rows.shape[2:], image.shape[2:]
     if batch and rows.device.type == "cpu" and rows.dtype is torch.float32 and together(shape, groups):
@@ -161,3 +191,67 @@ def _(rows: torch.Tensor, image: torch.Tensor, shape: list[int], *_: Any) -> tor
 @register_flop_formula(torch.ops.dpcompile.kernel_gradients)
 def _flops(rows_shape: Sequence[int], image_shape: Sequence[int], shape: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * math.prod(rows_shape) * math.prod(shape[1:])
+
+
+CHUNK = 2**20
+"""Numbers of per-sample gradients that are there at a time, where those of one sample are not more."""
+
+
+def _chunks(rows: torch.Tensor, image: torch.Tensor, shape: list[int], *window: Any) -> Iterator[tuple[slice, Any]]:
+    size = max(CHUNK // math.prod(shape), 1)
+    for start in range(0, rows.shape[0], size):
+        part = slice(start, start + size)
+        yield part, _gradients(rows[part], image[part], shape, *window).flatten(1)
+
+
+@torch.library.custom_op("dpcompile::kernel_squares", mutates_args=())
+def _squares(
+    rows: torch.Tensor,
+    image: torch.Tensor,
+    shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    found = rows.new_empty(rows.shape[0], dtype=torch.float64)
+    for part, each in _chunks(rows, image, shape, stride, padding, dilation, groups):
+        found[part] = torch.linalg.vector_norm(each, dim=1, dtype=torch.float64).square()
+    return found
+
+
+@_squares.register_fake
+def _(rows: torch.Tensor, *_: Any) -> torch.Tensor:
+    return rows.new_empty(rows.shape[0], dtype=torch.float64)
+
+
+@torch.library.custom_op("dpcompile::kernel_sum", mutates_args=())
+def _sum(
+    rows: torch.Tensor,
+    image: torch.Tensor,
+    shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    weight_B: torch.Tensor,
+) -> torch.Tensor:
+    total = weight_B.new_zeros(math.prod(shape))
+    for part, each in _chunks(rows, image, shape, stride, padding, dilation, groups):
+        total += weight_B[part] @ each.to(weight_B.dtype)
+    return total.reshape(shape)
+
+
+@_sum.register_fake
+def _(rows: torch.Tensor, image: torch.Tensor, shape: list[int], *rest: Any) -> torch.Tensor:
+    return rest[-1].new_empty(shape)
+
+
+@register_flop_formula([torch.ops.dpcompile.kernel_squares, torch.ops.dpcompile.kernel_sum])
+def _flops_in_chunks(
+    rows_shape: Sequence[int], image_shape: Sequence[int], shape: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return 2 * math.prod(rows_shape) * math.prod(shape[1:])
+
+
+SQUARES, SUM = torch.ops.dpcompile.kernel_squares.default, torch.ops.dpcompile.kernel_sum.default

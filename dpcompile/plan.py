@@ -24,6 +24,7 @@ class Method(Enum):
     KEPT = "kept"  # made for the norm, kept until the clip factors are known: no second contraction
     SHIFTED = "shifted"  # ghost norm of a convolution, its Gram of patches read off that of the image's positions
     LOOPED = "looped"  # kept, made by convolution's own backward for each sample
+    STREAMED = "streamed"  # explicit, made by convolution's own backward for each sample, dropped, made again so
     FLASH = "flash"  # ghost norm whose Gram matrices are formed and summed in tiles, by a kernel (kernels.py)
     TILED = "tiled"  # explicit, made for the norm in tiles that are not written down, by a kernel
 
@@ -176,6 +177,8 @@ class Plan:
     measured: Times = field(default_factory=dict)  # seconds on this machine, where candidates were timed
     checkpointed: int = 0  # regions of torch.utils.checkpoint in the model
     lengths: Mapping[str, int] = field(default_factory=dict)  # free lengths by name, with the sample's sizes
+    again: tuple[str, ...] = ()  # ops of the backward that run a second time behind the clip factors
+    again_flops: sympy.Expr = ZERO  # of these, in B
 
     def method(self, group: str) -> Method:
         return self.choices[group].method
@@ -183,7 +186,8 @@ class Plan:
     def flops(self) -> sympy.Expr:
         """All matmul flops of one private step, in B: what FlopCounterMode counts on the emitted graphs."""
         chosen = [(part, self.method(group.name)) for group in self.costs.groups for part in group.parts]
-        total = self.costs.backbone_flops + sum(at(part.options[m].flops, part.sizes) for part, m in chosen)
+        total = self.costs.backbone_flops + self.again_flops
+        total += sum(at(part.options[m].flops, part.sizes) for part, m in chosen)
         return sympy.expand(total - self.shared_flops())
 
     def shared_flops(self) -> sympy.Expr:

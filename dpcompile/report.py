@@ -17,7 +17,7 @@ from dpcompile.units import human
 WIDTH = 140
 PLACES = " +|"  # where a row stands among the uses of one weight: rows.Row.place
 SHORTEST = {"parameter": 24, "reason": 12}  # columns that give way where a table is wider, and how far
-OPTIONAL = (Method.SHIFTED, Method.LOOPED, Method.FLASH, Method.TILED)
+OPTIONAL = (Method.SHIFTED, Method.LOOPED, Method.STREAMED, Method.FLASH, Method.TILED)
 """Methods that have a column where some row has them."""
 LEGEND = (
     "Times (by the device model), flops of the choice, bytes held from the norm until the clip factors are known: for",
@@ -69,6 +69,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
             "plain_flops": _at(plan.plain_flops(), plan),
             "backbone_flops": _at(plan.costs.backbone_flops, plan),
             "shared_flops": _at(plan.shared_flops(), plan),
+            "flops_again": _at(plan.again_flops, plan),
             "gradient_time_s": sum(row.chosen.time_s for row in rows),
             "plain_gradient_time_s": sum(row.plain.time_s for row in rows),
             "booked_bytes": _at(plan.booked_bytes(), plan),
@@ -247,7 +248,9 @@ def _totals(plan: Plan, rows: Sequence[Row]) -> list[str]:
     saved = (
         [f"equal Gram matrices are formed once: {human(shared)} flops less than the rows add up to"] if shared else []
     )
-    return [*table, "", f"choices: {chosen or 'none'}", *saved]
+    again = human(_at(plan.again_flops, plan))
+    twice = [f"{len(plan.again)} ops of the backward run twice, to book less: {again} flops more"] if plan.again else []
+    return [*table, "", f"choices: {chosen or 'none'}", *saved, *twice]
 
 
 def _flip_lines() -> list[str]:

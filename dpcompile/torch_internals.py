@@ -104,6 +104,18 @@ def fake_mode_of(graph: torch.fx.Graph) -> FakeTensorMode:
 
 
 @contextlib.contextmanager
+def uncached(mode: FakeTensorMode) -> Iterator[None]:
+    """The mode remembers no results. Where few ops are alike and the batch size is free, to build a value from its
+    remembered shape takes longer than to compute it (torch 2.13).
+    """
+    before, mode.cache_enabled = mode.cache_enabled, False
+    try:
+        yield
+    finally:
+        mode.cache_enabled = before
+
+
+@contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
     """Ops as they are written: autocast would put norms into narrow types. Casts of the model are ops of its graph."""
     with contextlib.ExitStack() as stack:

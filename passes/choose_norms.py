@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
@@ -31,6 +31,7 @@ def choose_norms(
     schedule: Schedule | None = None,
     budget: float | None = None,
     measured: Times | None = None,
+    again: Sequence[float] = (),
 ) -> Plan:
     """The plan. Policies:
 
@@ -38,7 +39,8 @@ def choose_norms(
     - "paper": ghost where 2 T^2 < p d, else explicit (mixed ghost clipping, arXiv:2205.10683 eq. 4.2).
     - "ghost", "explicit": that one wherever it exists.
 
-    `budget` is in bytes, or a factor of plain training's peak if below 100; None: see `LOOSE`.
+    `budget` is in bytes, or a factor of plain training's peak if below 100; None: see `LOOSE`. `again` has the seconds
+    of every segment of the schedule, if it is computed again.
 
     Raises:
         DPCompileError: no plan fits a budget that was asked for; says what would.
@@ -60,7 +62,7 @@ def choose_norms(
             for index in sorted({clipping.group_of(targets[p]) for p in group.params}):
                 together.setdefault(index, []).append(group.name)
     clip_groups = tuple(tuple(names) for names in together.values())
-    memory = None
+    memory, segments = None, ()
     if schedule is not None:
         among = {
             group.name: {m: s for m, s in times[group.name].items() if m in group.choices}
@@ -68,8 +70,20 @@ def choose_norms(
             else {choices[group.name].method: 0.0}
             for group in costs.groups
         }
-        choices, memory = _within(schedule, choices, among, policy, batch_size, budget)
-    return Plan(policy, device, batch_size, costs, choices, tuple(dict.fromkeys(unused)), clip_groups, memory, measured)
+        choices, memory, segments = _within(schedule, choices, among, again, policy, batch_size, budget)
+        segments = [name for i in segments for _, name in schedule.segments[i].ops]
+    return Plan(
+        policy,
+        device,
+        batch_size,
+        costs,
+        choices,
+        tuple(dict.fromkeys(unused)),
+        clip_groups,
+        memory,
+        measured,
+        again=tuple(segments),
+    )
 
 
 LOOSE = 1.1
@@ -83,19 +97,20 @@ def _within(
     schedule: Schedule,
     choices: Mapping[str, Choice],
     times: Times,
+    again: Sequence[float],
     policy: str,
     batch_size: int,
     budget: float | None,
-) -> tuple[dict[str, Choice], Memory]:
-    """The choices as they are if they fit; else the fastest that do."""
+) -> tuple[dict[str, Choice], Memory, Sequence[int]]:
+    """The choices as they are if they fit; else the fastest that do, and the segments that are computed again."""
     plain = schedule.plain().peak(batch_size)
     asked = max(LOOSE * plain, SMALL) if budget is None else budget * plain if budget < FACTOR_BELOW else budget
     peak = schedule.private({name: choice.method for name, choice in choices.items()}).peak(batch_size)
     if peak <= asked or policy != "auto":
-        return dict(choices), Memory(plain, peak, asked if policy == "auto" else math.inf)
-    found = schedule.fit(times, batch_size, asked)
+        return dict(choices), Memory(plain, peak, asked if policy == "auto" else math.inf), ()
+    found = schedule.fit(times, batch_size, asked, again)
     if not found.methods:
-        least = schedule.least(times, batch_size)
+        least = schedule.least(times, batch_size, again=True)
         if budget is not None:
             raise DPCompileError(
                 f"choose-norms: no plan fits a memory budget of {human(asked, 'B')}: the least needs "
@@ -103,9 +118,9 @@ def _within(
                 f"({human(plain, 'B')}). Raise memory_budget, or make the (physical) batch smaller."
             )
         asked = SPARE * least.peak
-        found = schedule.fit(times, batch_size, asked)
+        found = schedule.fit(times, batch_size, asked, again)
         found = found if found.methods else least
-    return _fitted(found, choices, times), Memory(plain, found.peak, asked, found.proven)
+    return _fitted(found, choices, times), Memory(plain, found.peak, asked, found.proven), found.again
 
 
 def _fitted(found: Fitted, choices: Mapping[str, Choice], times: Times) -> dict[str, Choice]:

@@ -17,6 +17,7 @@ from torch import fx
 from dpcompile import joined, kernels, patches
 from dpcompile.finite import finite_rows
 from dpcompile.ir import InputKind, OutputKind, Program
+from dpcompile.twice import twice
 
 aten = torch.ops.aten
 
@@ -30,6 +31,7 @@ _KEEP_ZERO = {
 }  # fmt: skip
 # Zero where any argument is.
 _PRODUCTS = {aten.mul, aten.mm, aten.bmm, aten.matmul, patches.OP.overloadpacket}
+_PRODUCTS |= {patches.SQUARES.overloadpacket, patches.SUM.overloadpacket}
 _PRODUCTS |= {kernels.PAIRED.overloadpacket, kernels.SQUARED.overloadpacket}
 _JOINS = (aten.cat, joined.OP.overloadpacket)
 
@@ -84,7 +86,7 @@ def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
     packet = getattr(node.target, "overloadpacket", None)
     if packet in _PRODUCTS:
         return True
-    if node.target is finite_rows:
+    if node.target in (finite_rows, twice):
         return first in zeros
     if packet is aten.convolution_backward and node.args[-1] == [False, True, False]:  # of the kernel: a product
         return first in zeros or node.args[1] in zeros

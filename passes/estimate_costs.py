@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -207,6 +207,10 @@ def _part(
     return Part(group.name, label, sites[0].op, kind, len(sites), sizes, plain, options, products)
 
 
-def count_flops(program: Program) -> sympy.Expr:
-    """Matmul flops of a program, in B, by torch's own formulas (torch.utils.flop_counter) on symbolic shapes."""
-    return _in_batch_size(sum((flops_of(node) for node in program.graph.nodes), sympy.Integer(0)), program.batch)
+def count_flops(program: Program, among: Collection[str] | None = None) -> sympy.Expr:
+    """Matmul flops of a program, in B, by torch's own formulas (torch.utils.flop_counter) on symbolic shapes.
+
+    Of all its ops, or of those named.
+    """
+    nodes = [node for node in program.graph.nodes if among is None or node.name in among]
+    return _in_batch_size(sum((flops_of(node) for node in nodes), sympy.Integer(0)), program.batch)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 from torch import fx
 
-from dpcompile.budget import Schedule, Use
+from dpcompile.budget import Schedule, Segment, Use
 from dpcompile.clipping import Clipping
-from dpcompile.ir import Backward, OutputKind, ancestors
-from dpcompile.memory import Bytes, Life, Root, Storages, lives_of
+from dpcompile.ir import Backward, OutputKind, Program, ancestors
+from dpcompile.memory import Bytes, Life, Root, Storages, Timeline, lives_of
 from dpcompile.passes.combine import GroupReader
+from dpcompile.passes.compute_again import backward_of, may_run_twice
 from dpcompile.plan import Costs
+
+SAMPLES = 8  # at which sizes are compared
 
 
 def follow_memory(
@@ -50,7 +55,49 @@ def follow_memory(
                 0 if clipping is None else clipping.group_of(targets[reader.group.params[0]]),
             )
         )
-    return Schedule(len(order), lives, tuple(uses), costs.itemsize)
+    clip_groups = {use.clip_group for use in uses}
+    segments = _segments(program, order, storages, lives, read) if len(clip_groups) == 1 else ()
+    return Schedule(len(order), lives, tuple(uses), costs.itemsize, segments)
+
+
+SEGMENTS = 8
+"""Into how many parts of about the same amount of memory a backward is cut."""
+
+
+def _segments(
+    program: Program,
+    order: Sequence[fx.Node],
+    storages: Storages,
+    lives: Mapping[Root, Life],
+    read: Sequence[fx.Node],
+) -> tuple[Segment, ...]:
+    """The backward in parts, cut where the least is alive of what it made."""
+    needed = ancestors(read)
+    flowing = backward_of(program)
+    again = [(i, node) for i, node in enumerate(order) if node in flowing and node in needed and may_run_twice(node)]
+    if not again:
+        return ()
+    names = {node.name for _, node in again}
+    made = {root: life for root, life in lives.items() if root[0] in names}
+    alive = Timeline.of(made.values(), len(order)).at(SAMPLES)
+    grown = np.zeros(len(order))
+    for life in made.values():
+        grown[life.birth] += life.size.at(SAMPLES)
+    grown = grown.cumsum()
+    bounds = [again[0][0]]
+    for k in range(1, SEGMENTS):
+        (window,) = np.nonzero(np.abs(grown / grown[-1] * SEGMENTS - k) < 0.5)
+        window = window[window > bounds[-1]]
+        if len(window):
+            bounds.append(int(window[alive[window].argmin()]))
+    bounds.append(len(order))
+    segments = []
+    for first, end in itertools.pairwise(bounds):
+        own = [(i, node) for i, node in again if first <= i < end]
+        makes = {root: i for i, node in own for root in storages.of(node) if root[0] == node.name}
+        reads = {root: i for i, node in own for source in node.all_input_nodes for root in storages.of(source)}
+        segments.append(Segment(tuple((i, node.name) for i, node in own), makes, reads))
+    return tuple(segments)
 
 
 def _roots(storages: Storages, nodes: Sequence[fx.Node], lives: dict[Root, Life]) -> frozenset[Root]:

@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from dpcompile import records  # registers the op that carries norms out of a compiled backward
-from dpcompile.certified import dropped_norm, ghost_norm, kept_norm, unit
-from dpcompile.forms import added, written_out
+from dpcompile.certified import dropped_norm, ghost_norm, kept_norm, streamed_norm, unit
+from dpcompile.forms import Patched, added, written_out
 from dpcompile.inline import inline
 from dpcompile.ir import Draft, Input, InputKind, Program, Space
 from dpcompile.joined import joined
@@ -172,6 +172,10 @@ def norm_function(reader: GroupReader, method: Method) -> Callable[..., list[tor
         if method.keeps:
             return [reader.explicit_sum(tensors, looped=method is Method.LOOPED)]
         forms = reader.combined(tensors)
+        if method is Method.STREAMED:
+            (form,) = forms
+            assert isinstance(form, Patched)
+            return [streamed_norm(form)]
         if method is not Method.SHIFTED:
             forms = list(map(written_out, forms))
         if method.ghost:

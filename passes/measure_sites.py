@@ -88,7 +88,10 @@ def _step(reader: GroupReader, method: Method, inputs: Callable[[], list[Any]]) 
         factor = torch.ones([reader.batch], device=tensors[0].device)  # pyright: ignore[reportArgumentType]
         if method.keeps:
             return [kept_norm([made]), weighted_sum_kept(made, factor)]
-        return [made, *sum_function(reader)(factor, None, *tensors)]  # all samples are finite: nothing is cleared
+        return [
+            made,
+            *sum_function(reader, method)(factor, None, *tensors),
+        ]  # all samples are finite: nothing is cleared
 
     graph = trace(
         both,

@@ -13,6 +13,7 @@ from dpcompile.inline import inline
 from dpcompile.ir import Chain, Draft, Output, OutputKind, Space
 from dpcompile.passes.combine import GroupReader
 from dpcompile.passes.rewrite import Order
+from dpcompile.plan import Method
 
 
 def reweight_gradients(draft: Draft, order: Order) -> Draft:
@@ -22,7 +23,7 @@ def reweight_gradients(draft: Draft, order: Order) -> Draft:
     nodes = program.nodes()
     sums: dict[str, list[fx.Node]] = {}
     for reader in order.readers:
-        group = reader.group
+        group, method = reader.group, order.plan.method(reader.group.name)
         kept = [nodes[name] for name in draft.kept.get(group.name, ())]
         factor = [nodes[name] for name in draft.factors[group.params[0]]]
         if group.space is Space.PULLBACK:
@@ -35,12 +36,12 @@ def reweight_gradients(draft: Draft, order: Order) -> Draft:
         else:
             (total,) = inline(
                 graph,
-                sum_function(reader),
+                sum_function(reader, method),
                 [*factor, *reader.inputs],
                 "sum",
                 vmapped=reader.vmapped,
                 memo=order.memo,
-                key=("sum", reader.key),
+                key=("sum", method is Method.STREAMED, reader.key),
             )
         if group.space is Space.VALUE and group.values[0].chain is not Chain.PERMUTE:
             (total,) = inline(graph, _scatter(reader), [total, *reader.sources], "sum")
@@ -69,11 +70,12 @@ def _add(*parts: torch.Tensor) -> list[torch.Tensor]:
     return [added(parts)]
 
 
-def sum_function(reader: GroupReader) -> Callable[..., list[torch.Tensor]]:
+def sum_function(reader: GroupReader, method: Method) -> Callable[..., list[torch.Tensor]]:
     """Of clip factors, finite samples and a group's inputs: the clipped sum."""
 
     def clipped(factor: torch.Tensor, finite: torch.Tensor | None, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        return [added([weighted_sum(form, factor, finite) for form in reader.combined(tensors)])]
+        streamed = method is Method.STREAMED
+        return [added([weighted_sum(form, factor, finite, streamed=streamed) for form in reader.combined(tensors)])]
 
     return clipped
 

@@ -20,14 +20,16 @@ from dpcompile.api import Analysis, prove
 from dpcompile.emitted import Emitted
 from dpcompile.ir import Program
 from dpcompile.passes.choose_norms import choose_norms
+from dpcompile.passes.compute_again import with_again
 from dpcompile.plan import Choice, Method, Plan
 from dpcompile.runtime import DPModule
 
 RTOL = 1e-8
 BATCH_SIZES = (3, 1, 4, 0)
 CHUNKED = "chunked"  # ghost norms whose products and sums are cut into the smallest parts
+AGAIN = "again"  # ghost norms, and a backward that is computed a second time for the clipped sums
 METHODS = ("auto", "ghost", "explicit")
-FORCED = (*METHODS, "forced-explicit", CHUNKED)  # and explicit gradients that are dropped after the norm
+FORCED = (*METHODS, "forced-explicit", CHUNKED, AGAIN)  # and explicit gradients that are dropped after the norm
 EVERY = ("ghost", "forced-explicit", "forced-kept")  # what grids of shapes go through
 EVERY_FORM = (*EVERY, CHUNKED)  # of uses that have Gram matrices
 
@@ -98,7 +100,7 @@ def compile_all(
     for name, plan in _plans(analysis).items():
         if name not in methods:
             continue
-        key = (name == CHUNKED, *(choice.method for choice in plan.choices.values()))
+        key = (name == CHUNKED, plan.again, *(choice.method for choice in plan.choices.values()))
         if key not in made:
             program = _copied(analysis.backward.program)
             fresh = replace(analysis, backward=replace(analysis.backward, program=program))
@@ -128,7 +130,13 @@ def _plans(analysis: Analysis) -> dict[str, Plan]:
         able = {group.name for group in plan.costs.groups if method in group.methods}
         choices = {name: Choice(method, "forced") if name in able else old for name, old in plan.choices.items()}
         plans[f"forced-{method.value}"] = replace(plan, choices=choices)
-    return plans | {CHUNKED: plans["ghost"]}
+    return plans | {CHUNKED: plans["ghost"], AGAIN: all_again(analysis, plans["ghost"])}
+
+
+def all_again(analysis: Analysis, plan: Plan) -> Plan:
+    """The plan with all of the backward computed a second time that its clipped sums need."""
+    ops = [name for segment in analysis.schedule(analysis.costs()).segments for _, name in segment.ops]
+    return with_again(replace(plan, again=tuple(ops)), analysis._readers(analysis.backward), analysis.backward.program)
 
 
 def _copied(program: Program) -> Program:

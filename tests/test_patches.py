@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dpcompile.certified import ghost_norm
+from dpcompile.certified import ghost_norm, streamed_norm
 from dpcompile.forms import Explicit, Patched, explicit, in_float64, merge, transposed, weighted_sum, written_out
 from dpcompile.patches import Window, overlapped, padded, patches
 
@@ -101,3 +101,23 @@ def test_a_crowd_of_positions_is_added_up_in_float64() -> None:
     square, error = ghost_norm([form])
     torch.testing.assert_close(square.sqrt() + error.sqrt(), exact, rtol=1e-9, atol=0)
     assert math.isfinite(weighted_sum(form, torch.ones(1)).sum())
+
+
+@check
+@given(patched(), st.sampled_from([1, 2**20]), st.booleans())
+def test_gradients_that_come_a_few_at_a_time_are_the_same(form: Patched, chunk: int, double: bool) -> None:
+    """What is squared is bit for bit what is added up."""
+    form = form if double else replace(form, rows=form.rows.float(), image=form.image.float())
+    with mock.patch("dpcompile.patches.CHUNK", chunk):
+        square, error = streamed_norm(form)
+        alone = [weighted_sum(form, row, streamed=True) for row in torch.eye(len(form.rows), dtype=form.rows.dtype)]
+        weights = torch.linspace(0.1, 1.0, len(form.rows), dtype=form.rows.dtype)
+        total = weighted_sum(form, weights, streamed=True)
+    each = explicit(written_out(form))
+    tolerance = {} if double else {"atol": 1e-4, "rtol": 1e-4}
+    torch.testing.assert_close(total, torch.tensordot(weights, each, 1), **tolerance)
+    for own, norm in zip(alone, square, strict=True):
+        exact = own.double().square().sum()
+        assert exact <= norm
+        torch.testing.assert_close(norm, exact, rtol=1e-12, atol=0)
+    assert not error.any()

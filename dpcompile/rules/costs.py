@@ -8,6 +8,7 @@ Flops are those of the matrix products in forms.py and equal what torch's FlopCo
     explicit  -                   0               2 B p
     cross     2 B T_1 T_2 d       0               0                                 ours: tied look-up and head
     shifted   2 B G (U^2 C + T^2 p)               2 B G T p d                       ours: convolutions (patches.py)
+    streamed                      2 B G T p d     2 B G T p d                       ours: convolutions (patches.py)
     flash     B G T (T + 1) (p + d)               2 B G T p d                       ours: outer by kernels (kernels.py)
     tiled                         2 B G T p d     2 B G T p d                       ours: the same
 
@@ -23,6 +24,7 @@ from dataclasses import replace
 
 import sympy
 
+from dpcompile.patches import CHUNK
 from dpcompile.plan import Cost, Method
 from dpcompile.shapes import B, C, D, G, P, T, U
 
@@ -90,6 +92,13 @@ def overlapping(e: int, kernel: tuple[int, ...], *, doubled: bool, together: boo
             e * kept,
             e * kept,
             sympy.Integer(1) if together else B,
+        ),
+        Method.STREAMED: Cost(
+            2 * contraction,
+            e * (2 * read + (4 if together else 8) * kept + weights),
+            e * sympy.Max(sympy.Integer(CHUNK), G * P * D),
+            booked,
+            sympy.Integer(2) if together else 2 * B,
         ),
     }
 

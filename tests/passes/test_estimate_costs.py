@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from layers import Apply, LoRA, Loss, TiedLanguageModel, compile_all, draw, folded_loss, loss_at, randomised, step
+from layers import (
+    AGAIN,
+    Apply,
+    LoRA,
+    Loss,
+    TiedLanguageModel,
+    compile_all,
+    draw,
+    folded_loss,
+    loss_at,
+    randomised,
+    step,
+)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import Inputs, call
@@ -16,7 +28,16 @@ from zoo import Inputs, call
 from dpcompile.shapes import B
 
 IDS = torch.tensor([[0, 1, 2], [5, 3, 4], [4, 4, 1]])
-METHODS = ("auto", "ghost", "forced-explicit", "forced-kept", "forced-shifted", "forced-looped")
+METHODS = (
+    "auto",
+    "ghost",
+    "forced-explicit",
+    "forced-kept",
+    "forced-shifted",
+    "forced-looped",
+    "forced-streamed",
+    AGAIN,
+)
 
 MODULES: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
     "linear of vectors": (lambda: nn.Linear(4, 5), torch.randn(3, 4)),
