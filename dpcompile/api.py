@@ -203,12 +203,19 @@ class Analysis:
             schedule=schedule,
             budget=memory_budget,
             measured=measured,
-            again=self._seconds_again(schedule, device, size),
+            again=partial(self._seconds_again, schedule, device, size),
         )
         plan = with_again(plan, self._readers(self.backward), self.backward.program)
         sizes = (size.node.hint for size in self.program.lengths)
         lengths = dict(zip((length.name for length in self.call.lengths), sizes, strict=True))
         return replace(plan, checkpointed=self.captured.checkpointed, lengths=lengths)
+
+    def with_least(self, plan: Plan) -> Plan:
+        """The plan with the lowest peak that any plan has, at its batch size."""
+        assert plan.memory is not None
+        options = {group.name: dict.fromkeys(group.choices, 0.0) for group in plan.costs.groups}
+        least = self.schedule(plan.costs).least(options, plan.batch_size, again=True).peak
+        return replace(plan, memory=replace(plan.memory, least=min(least, plan.memory.peak)))
 
     def _seconds_again(self, schedule: Schedule, device: DeviceSpec, batch_size: int) -> list[float]:
         """What each segment of the backward takes if it is computed again."""

@@ -321,8 +321,11 @@ class _Programme:
         ]
         number = np.cumsum([0, *keep])  # of the first row kept at or behind a cut
         row_of = dict(zip(cuts, number, strict=True))
-        entries = [(row, i, size) for i, size, birth, end in spans for row in range(row_of[birth], row_of[end])]
-        at, columns, sizes = zip(*entries, strict=True) if entries else ((), (), ())
+        first = np.array([row_of[birth] for _, _, birth, _ in spans], dtype=int)
+        counts = np.array([row_of[end] for *_, end in spans], dtype=int) - first
+        within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        at = np.repeat(first, counts) + within
+        columns, sizes = (np.repeat([span[k] for span in spans], counts) for k in (0, 1))
         shape = (int(number[-1]), self._width)
         return rows[np.array(keep, dtype=bool)], coo_array((sizes, (at, columns)), shape=shape).tocsr()
 

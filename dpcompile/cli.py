@@ -79,6 +79,7 @@ def report(
         budget = None if memory_budget is None else budget_of(memory_budget)
         rates = rates_of(device)
         plan = analysis.plan(policy.value, device=rates, batch_size=batch, memory_budget=budget, tune=tune)
+        plan = analysis.with_least(plan)
         if file is not None:
             write(file, json.dumps(plan_dict(plan), indent=1) + "\n")
         say(f"{target}: {type(loaded.model).__name__}, {analysis.call.describe()}")

@@ -160,6 +160,7 @@ class Memory:
     peak: float
     budget: float
     exact: bool = True  # no plan within the budget is faster, by the times that were given
+    least: float | None = None  # of any plan, where it was asked for
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dpcompile.flips import PAPER, paper_flip, symbolic_time_flip, turns
 from dpcompile.plan import Cost, Method, Part, Plan, Times
 from dpcompile.rows import Row, folded, rows_of
 from dpcompile.shapes import B, D, P
-from dpcompile.units import human
+from dpcompile.units import human, rounded_up
 
 WIDTH = 140
 PLACES = " +|"  # where a row stands among the uses of one weight: rows.Row.place
@@ -241,6 +241,10 @@ def _totals(plan: Plan, rows: Sequence[Row]) -> list[str]:
     if plan.memory is not None:
         plain, peak = plan.memory.plain, plan.memory.peak
         totals.append(("peak memory of a step", human(plain, "B"), human(peak, "B"), _ratio(peak, plain)))
+        if plan.memory.least is not None:
+            least = plan.memory.least
+            ratio = f"{rounded_up(least / plain, 2):.2f}"
+            totals.append(("the least that a plan needs", "", human(least, "B", up=True), ratio))
     head = ("one step", "plain", "private", "ratio")
     table = table_text([dict(zip(head, line, strict=True)) for line in totals], left={"one step"})
     chosen = ", ".join(f"{count} {method.value}" for count, method in zip(counts, Method, strict=True) if count)

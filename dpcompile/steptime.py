@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -14,7 +15,7 @@ from dpcompile.finite import finite_rows
 from dpcompile.flops import flops_of, is_attention, sides_of
 from dpcompile.ir import Program
 from dpcompile.memory import Storages
-from dpcompile.shapes import hint
+from dpcompile.shapes import size_of
 from dpcompile.torch_internals import sample_sizes
 
 aten = torch.ops.aten
@@ -40,14 +41,20 @@ def times(program: Program, device: DeviceSpec, batch_size: int) -> dict[fx.Node
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
         moved = sum(storages.size_of(tensor).at(batch_size) for tensor in tensors)
         elements = storages.size_of(tensors[0]).at(batch_size) / tensors[0].element_size()
-        flops = float(sympy.sympify(flops_of(node)).subs(list(sizes.items())))  # pyright: ignore[reportArgumentType]
+        flops = _number(flops_of(node), sizes)
         rate = (is_attention(node) and device.attention_flops_per_s) or device.flops_per_s
-        if any(hint(side) <= NARROW for side in sides_of(node)):
+        if any(_number(size_of(side), sizes) <= NARROW for side in sides_of(node)):
             rate = device.narrow_flops_per_s or rate
         shared = bool(flops) or elements >= FORK
         slow = elements * _slow(device).get(node.target, 0.0)
         found[node] += shared * device.s_per_fork + flops / rate + max(moved / device.bytes_per_s, slow)
     return found
+
+
+def _number(count: Any, sizes: Mapping[sympy.Symbol, int]) -> float:
+    """A size that only the data tell counts as 1."""
+    found = sympy.sympify(count).subs(list(sizes.items()))
+    return float(found.subs(dict.fromkeys(found.free_symbols, 1)))
 
 
 def _slow(device: DeviceSpec) -> dict[Any, float]:

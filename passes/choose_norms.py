@@ -14,7 +14,7 @@ from dpcompile.errors import DPCompileError
 from dpcompile.ir import Program, Uses
 from dpcompile.plan import Choice, Costs, GroupCost, Memory, Method, Part, Plan, Span, Times
 from dpcompile.shapes import B, D, P, T, U
-from dpcompile.units import human
+from dpcompile.units import human, rounded_up
 
 POLICIES = ("auto", "paper", "ghost", "explicit")
 
@@ -31,7 +31,7 @@ def choose_norms(
     schedule: Schedule | None = None,
     budget: float | None = None,
     measured: Times | None = None,
-    again: Sequence[float] = (),
+    again: Callable[[], Sequence[float]] = tuple,
 ) -> Plan:
     """The plan. Policies:
 
@@ -39,8 +39,8 @@ def choose_norms(
     - "paper": ghost where 2 T^2 < p d, else explicit (mixed ghost clipping, arXiv:2205.10683 eq. 4.2).
     - "ghost", "explicit": that one wherever it exists.
 
-    `budget` is in bytes, or a factor of plain training's peak if below 100; None: see `LOOSE`. `again` has the seconds
-    of every segment of the schedule, if it is computed again.
+    `budget` is in bytes, or a factor of plain training's peak if below 100; None: see `LOOSE`. `again` tells the
+    seconds of every segment of the schedule, if it is computed again.
 
     Raises:
         DPCompileError: no plan fits a budget that was asked for; says what would.
@@ -97,7 +97,7 @@ def _within(
     schedule: Schedule,
     choices: Mapping[str, Choice],
     times: Times,
-    again: Sequence[float],
+    again: Callable[[], Sequence[float]],
     policy: str,
     batch_size: int,
     budget: float | None,
@@ -108,17 +108,19 @@ def _within(
     peak = schedule.private({name: choice.method for name, choice in choices.items()}).peak(batch_size)
     if peak <= asked or policy != "auto":
         return dict(choices), Memory(plain, peak, asked if policy == "auto" else math.inf), ()
-    found = schedule.fit(times, batch_size, asked, again)
+    seconds = again()
+    found = schedule.fit(times, batch_size, asked, seconds)
     if not found.methods:
         least = schedule.least(times, batch_size, again=True)
         if budget is not None:
+            ratio = rounded_up(least.peak / plain, 2)
             raise DPCompileError(
                 f"choose-norms: no plan fits a memory budget of {human(asked, 'B')}: the least needs "
-                f"{human(least.peak, 'B')} at batch size {batch_size}, {least.peak / plain:.2f} of plain training "
+                f"{human(least.peak, 'B', up=True)} at batch size {batch_size}, {ratio:.2f} of plain training "
                 f"({human(plain, 'B')}). Raise memory_budget, or make the (physical) batch smaller."
             )
         asked = SPARE * least.peak
-        found = schedule.fit(times, batch_size, asked, again)
+        found = schedule.fit(times, batch_size, asked, seconds)
         found = found if found.methods else least
     return _fitted(found, choices, times), Memory(plain, found.peak, asked, found.proven), found.again
 

@@ -86,7 +86,7 @@ def _segments(
     grown = grown.cumsum()
     bounds = [again[0][0]]
     for k in range(1, SEGMENTS):
-        (window,) = np.nonzero(np.abs(grown / grown[-1] * SEGMENTS - k) < 0.5)
+        (window,) = np.nonzero(np.abs(grown * SEGMENTS - k * grown[-1]) < 0.5 * grown[-1])
         window = window[window > bounds[-1]]
         if len(window):
             bounds.append(int(window[alive[window].argmin()]))

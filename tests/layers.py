@@ -29,7 +29,7 @@ BATCH_SIZES = (3, 1, 4, 0)
 CHUNKED = "chunked"  # ghost norms whose products and sums are cut into the smallest parts
 AGAIN = "again"  # ghost norms, and a backward that is computed a second time for the clipped sums
 METHODS = ("auto", "ghost", "explicit")
-FORCED = (*METHODS, "forced-explicit", CHUNKED, AGAIN)  # and explicit gradients that are dropped after the norm
+FORCED = (*METHODS, "forced-explicit", CHUNKED)  # and explicit gradients that are dropped after the norm
 EVERY = ("ghost", "forced-explicit", "forced-kept")  # what grids of shapes go through
 EVERY_FORM = (*EVERY, CHUNKED)  # of uses that have Gram matrices
 

@@ -55,7 +55,7 @@ def test_equals_the_graph_of_any_batch_size(fused: bool, wrapped: bool) -> None:
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", ["roberta", "lstm"])
+@pytest.mark.parametrize("name", ["roberta", pytest.param("lstm", marks=pytest.mark.slow)])
 def test_real_models_agree_with_one_sample_at_a_time(name: str) -> None:
     case = CASES[name]()
     bound = splitting_norm(case, SAMPLE_BATCH)

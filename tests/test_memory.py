@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -169,8 +170,17 @@ def test_a_budget_that_nothing_fits_says_what_would() -> None:
     assert all(torch.equal(p, q) and p.grad is None for p, q in zip(model.parameters(), before, strict=True))
     least = dpcompile(model, sample, validate="off").plan.memory
     assert least is not None
-    with pytest.raises(DPCompileError, match="of plain training"):
+    with pytest.raises(DPCompileError, match="of plain training") as refused:
         dpcompile(model, sample, memory_budget=0.5)
+    found = re.search(r"least needs ([\d.]+[kM]B) at batch size 8, ([\d.]+) of plain", str(refused.value))
+    assert found is not None
+    analysis = prove(model, sample).conclude()
+    plan = analysis.with_least(analysis.plan())
+    assert f"the least that a plan needs               {found[1]}   {found[2]}" in str(plan)
+    for budget in (found[1], float(found[2])):  # what is said to be the least is enough
+        tight = dpcompile(model, sample, memory_budget=budget, validate="off").plan.memory
+        assert tight is not None
+        assert tight.peak <= tight.budget
 
 
 @pytest.mark.parametrize("budget", [0, -1.0, "much", "1.2.3GB", float("nan"), [1]])
@@ -262,11 +272,10 @@ def test_tuned_plans_take_the_fastest_and_are_measured_once(tmp_path: Path, monk
 
 def test_measured_times_are_of_real_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DPCOMPILE_CACHE", str(tmp_path))
-    for build in (images, attention):
-        model, sample = build()
-        plan = dpcompile(model, sample, tune=True, validate="off").plan
-        assert plan.measured
-        assert all(0 < seconds < 1 for times in plan.measured.values() for seconds in times.values())
+    model, sample = images()
+    plan = dpcompile(model, sample, tune=True, validate="off").plan
+    assert plan.measured
+    assert all(0 < seconds < 1 for times in plan.measured.values() for seconds in times.values())
 
 
 def test_calibrated_rates_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

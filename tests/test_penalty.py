@@ -83,9 +83,9 @@ def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Tensor]
     ("backend", "form", "penalty"),
     [
         *((None, form, ridge) for form in LOSSES),
-        (None, "scaled with it", orthogonality),
+        pytest.param(None, "scaled with it", orthogonality, marks=pytest.mark.slow),
         ("aot_eager", "added", orthogonality),
-        ("aot_eager", "subtracted, twice", ridge),
+        pytest.param("aot_eager", "subtracted, twice", ridge, marks=pytest.mark.slow),
     ],
 )
 def test_it_is_added_once_and_not_clipped(backend: str | None, form: str, penalty: Callable[..., Tensor]) -> None:

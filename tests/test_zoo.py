@@ -24,9 +24,9 @@ from dpcompile import DPModule, dpcompile
 from dpcompile.api import prove
 
 # Run by default; the rest with -m slow, as the likes of others; float64 is the stricter type.
-IN_FLOAT64 = tuple(
-    name for name in CASES if name not in ("bart", "roberta", "albert", "vgg19", "lora_merged", "t5", "beit", "llama")
-)
+LIKE_OTHERS = ("bart", "roberta", "albert", "vgg19", "lora_merged", "lora_peft", "t5", "beit", "llama")
+LIKE_OTHERS += ("transformer_encoder",)
+IN_FLOAT64 = tuple(name for name in CASES if name not in LIKE_OTHERS)
 IN_FLOAT32 = ("lstm",)
 FUSED = ("gpt2",)
 BATCH_SIZES = (SAMPLE_BATCH, 1, SAMPLE_BATCH + 1, 0)

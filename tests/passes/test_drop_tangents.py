@@ -51,7 +51,7 @@ LEFT_OUT = [(TwoHeads, (5, 3, 4), used) for used in ((0,), (1,), (2,), (0, 2), (
 LEFT_OUT += [(TwoMaps, (5, 2, 4, 4), used) for used in ((0,), (1,))]
 
 
-@pytest.mark.parametrize("method", ["ghost", "explicit"])
+@pytest.mark.parametrize("method", ["ghost", pytest.param("explicit", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("kind", "shape", "used"), LEFT_OUT, ids=str)
 def test_gradients_are_those_of_zeros_for_the_outputs_left_out(
     kind: type[nn.Module], shape: tuple[int, ...], used: tuple[int, ...], method: str

@@ -66,6 +66,7 @@ def sample() -> tuple[Tensor, ...]:
     return torch.randn(3, T, D, generator=generator), torch.randn(3, 2, 4, 4, generator=generator), ids
 
 
+@pytest.mark.slow
 def test_every_rule_is_in_the_model() -> None:
     torch.manual_seed(0)
     found = check_module(Everything(), sample(), batch_sizes=(3,), methods=("ghost",))
