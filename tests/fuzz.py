@@ -359,7 +359,8 @@ def _whole(model: Model, options: Options, dtype: torch.dtype) -> dict[str, Tens
     """Autograd's gradients over the whole batch."""
     module = model.module().to(dtype)
     inputs, targets = model.batch(options.size * options.views, dtype)
-    model.loss(module(**inputs), targets).sum().backward()
+    losses = model.loss(module(**inputs), targets)
+    (losses.mean() if options.loss_reduction == "mean" else losses.sum()).backward()
     return gradients(module)
 
 
