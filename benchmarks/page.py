@@ -1,6 +1,6 @@
-"""The numbers of step_time.py as a page to read: bars of time and memory against plain training, and every number.
+"""Results as a page to read: bars of time and memory against plain training, lines of growth, and every number.
 
-python benchmarks/page.py benchmarks/results/*.json --html page.html
+python benchmarks/page.py benchmarks/results/cpu/*.json --html page.html
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import matplotlib as mpl
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 BASES = {"eager": "plain-eager", "compiled": "plain-compiled"}
 STYLE = """body { font: 15px/1.5 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -26,19 +27,59 @@ svg { max-width: 100% }"""
 
 
 def page(reports: Sequence[dict[str, Any]]) -> str:
-    """HTML without references to anything outside of it."""
+    """HTML without references to anything outside of it, of what step_time.py and growth.py have written."""
+    steps = [report for report in reports if _of_steps(report)]
+    together = {"models": {name: model for report in steps for name, model in report["models"].items()}}
     parts = ["<!doctype html><meta charset='utf-8'><title>dpcompile: one private step against a plain one</title>"]
     parts.append(f"<style>{STYLE}</style><h1>One private step against a plain one</h1>")
+    for mode, base in BASES.items():
+        times = _values(together, mode, lambda record, b=base: record[f"ratio_to_{b}"]["median"])
+        parts += _bars(f"Time of a step, {mode}, over {base}", times)
+        parts += _bars(f"Peak memory, {mode}, over {base}", _peaks(together, mode, base))
     for report in reports:
-        facts = report["hardware"] | report["versions"] | {"date": report["date"], "rounds": report["rounds"]}
-        parts.append(f"<p><code>{html.escape(report['command'])}</code><br>")
-        parts.append(html.escape(", ".join(f"{name} {value}" for name, value in facts.items() if value)) + "</p>")
-        for mode, base in BASES.items():
-            times = _values(report, mode, lambda record, b=base: record[f"ratio_to_{b}"]["median"])
-            parts += _bars(f"Time of a step, {mode}, over {base}", times)
-            parts += _bars(f"Peak memory, {mode}, over {base}", _peaks(report, mode, base))
-        parts += [_table(name, model) for name, model in report["models"].items()]
+        if "points" in report:
+            parts += [_facts(report), *_lines("Time of a fused step over a plain one, eager", report["points"])]
+    for report in steps:
+        parts += [_facts(report), *(_table(name, model) for name, model in report["models"].items())]
     return "\n".join(parts)
+
+
+def _of_steps(report: dict[str, Any]) -> bool:
+    return all("methods" in model for model in report.get("models", {"": {}}).values())
+
+
+def _facts(report: dict[str, Any]) -> str:
+    facts = report["hardware"] | report["versions"] | {"date": report["date"], "rounds": report["rounds"]}
+    text = html.escape(", ".join(f"{name} {value}" for name, value in facts.items() if value))
+    return f"<p><code>{html.escape(report['command'])}</code><br>{text}</p>"
+
+
+def _lines(title: str, points: Sequence[dict[str, Any]]) -> list[str]:
+    """One plot for each size that grows, one line for each model."""
+    axes_of = list(dict.fromkeys(point["axis"] for point in points))
+    figure, plots = plt.subplots(1, len(axes_of), figsize=(3.2 * len(axes_of), 3), sharey=True, squeeze=False)
+    for axis, plot in zip(axes_of, plots[0], strict=True):
+        for model in dict.fromkeys(point["model"] for point in points):
+            own = [point for point in points if point["axis"] == axis and point["model"] == model]
+            if own:
+                medians = [point["ratio"]["median"] for point in own]
+                low, high = zip(*(point["ratio"]["quartiles"] for point in own), strict=True)
+                doublings = range(len(own))
+                plot.plot(doublings, medians, marker="o", label=f"{model}, from {own[0]['sizes'][axis]}")
+                plot.fill_between(doublings, low, high, alpha=0.2)
+        plot.axhline(1, color="black", linewidth=0.8)
+        plot.set_xlabel(f"doublings of {axis}")
+        plot.legend(fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    return [_drawn(figure)]
+
+
+def _drawn(figure: Figure) -> str:
+    figure.tight_layout()
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg")
+    plt.close(figure)
+    return drawn.getvalue()[drawn.getvalue().index("<svg") :]
 
 
 def _values(report: dict[str, Any], mode: str, value: Callable[[Any], float]) -> dict[str, dict[str, float]]:
@@ -82,11 +123,7 @@ def _bars(title: str, values: dict[str, dict[str, float]]) -> list[str]:
         axes.set_yscale("log")
     axes.margins(y=0.2)
     axes.legend(fontsize=7)
-    figure.tight_layout()
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg")
-    plt.close(figure)
-    return [drawn.getvalue()[drawn.getvalue().index("<svg") :]]
+    return [_drawn(figure)]
 
 
 def _table(name: str, model: dict[str, Any]) -> str:
@@ -114,7 +151,7 @@ def _ratio(ratio: dict[str, Any] | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path, metavar="JSON", help="written by step_time.py --json")
+    parser.add_argument("results", nargs="+", type=Path, metavar="JSON", help="written by step_time.py and growth.py")
     parser.add_argument("--html", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
     args.html.write_text(page([json.loads(path.read_text()) for path in args.results]))
