@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from tables import models_of
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
@@ -29,7 +30,7 @@ svg { max-width: 100% }"""
 def page(reports: Sequence[dict[str, Any]]) -> str:
     """HTML without references to anything outside of it, of what step_time.py and growth.py have written."""
     steps = [report for report in reports if _of_steps(report)]
-    together = {"models": {name: model for report in steps for name, model in report["models"].items()}}
+    together = {"models": {name: model for name, model in models_of(steps).items() if "methods" in model}}
     parts = ["<!doctype html><meta charset='utf-8'><title>dpcompile: one private step against a plain one</title>"]
     parts.append(f"<style>{STYLE}</style><h1>One private step against a plain one</h1>")
     for mode, base in BASES.items():
@@ -37,7 +38,7 @@ def page(reports: Sequence[dict[str, Any]]) -> str:
         parts += _bars(f"Time of a step, {mode}, over {base}", times)
         parts += _bars(f"Peak memory, {mode}, over {base}", _peaks(together, mode, base))
     for report in reports:
-        if "points" in report:
+        if "axis" in report.get("points", [{}])[0]:
             parts += [_facts(report), *_lines("Time of a fused step over a plain one, eager", report["points"])]
     for report in steps:
         parts += [_facts(report), *(_table(name, model) for name, model in report["models"].items())]

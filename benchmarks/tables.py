@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,24 @@ MODES = ("eager", "compiled")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
-    reports = [json.loads(path.read_text()) for path in parser.parse_args().files]
-    steps = {name: m["methods"] for report in reports for name, m in report["models"].items() if "methods" in m}
-    predicted = {name: m for report in reports for name, m in report["models"].items() if "seconds" in m}
+    models = models_of([json.loads(path.read_text()) for path in parser.parse_args().files])
+    steps = {name: model["methods"] for name, model in models.items() if "methods" in model and "bfloat16" not in name}
+    predicted = {name: model for name, model in models.items() if "seconds" in model}
     if steps:
         print("\n".join(step_table(steps)) + "\n")
         print("\n".join(memory_table(steps)) + "\n")
     if predicted:
         print("\n".join(prediction_table(predicted)))
+
+
+def models_of(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """By name, and by what was measured of them: runs under autocast and predictions stand beside the others."""
+    found: dict[str, Any] = {}
+    for report in reports:
+        for name, model in report.get("models", {}).items():
+            kind = ", bfloat16" if "--autocast" in report["command"] else "" if "methods" in model else ", predicted"
+            found[name + kind] = model
+    return found
 
 
 def step_table(models: dict[str, Any]) -> list[str]:
@@ -70,7 +81,7 @@ def memory_table(models: dict[str, Any]) -> list[str]:
 def prediction_table(models: dict[str, Any]) -> list[str]:
     lines = header(["", "ms predicted", "measured", "ratio", "MB predicted", "measured", "ratio"])
     for name, own in models.items():
-        cells = [name]
+        cells = [name.partition(",")[0]]
         for what, unit in (("seconds", 1e3), ("peak_bytes", 1e-6)):
             predicted, measured = own[what]["predicted"], own[what]["measured"]
             cells += [f"{predicted * unit:.1f}", f"{measured * unit:.1f}", f"{predicted / measured:.2f}"]
