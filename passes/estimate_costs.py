@@ -66,6 +66,8 @@ def _parts(reader: GroupReader, backward: Backward, e: int, kernels: bool) -> li
                 if len(group.sites) == 1 and group.space is not Space.PULLBACK and _as_it_is(group):
                     few = together((work.p, work.overlap.channels), 1)
                     options |= rules.overlapping(e, work.overlap.kernel, doubled=doubled, together=few)
+                    if _device(alike[0], backward).type != "cpu":
+                        del options[Method.STREAMED]  # cuDNN may not find the same gradient twice
         elif work.kind == "onehot":
             plain, options = rules.onehot(e)
             booked = 8 * B * T  # an index for each position
@@ -108,7 +110,11 @@ def _bands(sites: Sequence[Site], positions: int, backward: Backward) -> tuple[t
     """How Gram matrices of these uses, taken together, are cut."""
     if any(_has_length(backward, site) for site in sites):
         return ((0, -1),)
-    return bands(positions, backward.program.node(backward.sites[sites[0].name].grad).meta["val"].device)
+    return bands(positions, _device(sites[0], backward))
+
+
+def _device(site: Site, backward: Backward) -> torch.device:
+    return backward.program.node(backward.sites[site.name].grad).meta["val"].device
 
 
 def _products(sites: Sequence[Site], backward: Backward, sizes: dict[sympy.Symbol, int]) -> tuple[Product, ...]:

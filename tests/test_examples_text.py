@@ -36,7 +36,8 @@ def few_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_tasks, "LIBRARIES", parts)
 
 
-@pytest.mark.parametrize("model", ["lstm", pytest.param("encoder", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["lstm", "encoder"])
 def test_a_small_model_prints_its_accuracy_and_what_it_spent(
     model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -102,7 +102,7 @@ def times_of(schedule: Schedule) -> Times:
 
 
 @pytest.mark.parametrize("method", ["auto", *(pytest.param(m, marks=pytest.mark.slow) for m in ("ghost", "explicit"))])
-@pytest.mark.parametrize("build", MODELS)
+@pytest.mark.parametrize("build", [*MODELS[:3], pytest.param(recurrent, marks=pytest.mark.slow)])
 def test_the_memory_of_a_graph_is_what_is_counted(build: Callable[[], tuple[nn.Module, Tensor]], method: str) -> None:
     analysis, model, sample = analysed(build)
     plan = analysis.plan(method)

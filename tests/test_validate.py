@@ -129,7 +129,7 @@ def test_a_model_that_takes_no_single_sample_is_not_compared() -> None:
     assert dpcompile(Picky(5, 2), X).validated.startswith("nothing: the model fails on one sample alone (ValueError")
 
 
-@pytest.mark.parametrize("factor", [0.9, 1.2])
+@pytest.mark.parametrize("factor", [0.9, pytest.param(1.2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_wrong_rule_is_found(factor: float, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Contraction.form

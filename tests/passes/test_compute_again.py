@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import all_again, check_module, compile_all, loss_at, randomised, step
 from oracle import PerSampleGradients, assert_close, assert_same_gradients, gradients
+from test_memory import recurrent
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode
@@ -111,22 +112,10 @@ def test_a_sample_that_is_not_finite_still_adds_nothing() -> None:
     assert_same_gradients(found, gradients(module), 1e-12)
 
 
-def recurrent() -> tuple[nn.Module, Tensor]:
-    class Last(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lstm = nn.LSTM(24, 32, batch_first=True)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.lstm(x)[0][:, -1]
-
-    return Last(), torch.randn(8, 10, 24, dtype=torch.double)
-
-
 def test_a_budget_below_what_booking_needs_is_met() -> None:
     torch.manual_seed(0)
     model, x = recurrent()
-    model.double()
+    model, x = model.double(), x.double()
     schedule = prove(model, x).conclude().schedule()
     options = {use.name: dict.fromkeys(use.cost.choices, 0.0) for use in schedule.uses}
     plain = schedule.plain().peak(8)

@@ -95,6 +95,7 @@ class OfOneChannel(nn.Module):
         return self.up(self.norm(image)), self.twice(self.twice(x).tanh())
 
 
+@pytest.mark.slow
 @NEEDS_COMPILER
 def test_no_gradient_takes_the_memory_of_another() -> None:
     """Inductor lets the inputs of a concatenation share memory with its result (dpcompile/joined.py)."""
