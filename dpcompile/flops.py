@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from dpcompile.layouts import convolution
+from dpcompile.recurrent import CALLS, sides_of_step
 
 aten = torch.ops.aten
 Shape = Sequence[Any]
@@ -49,7 +50,9 @@ def is_attention(node: fx.Node) -> bool:
 
 
 def sides_of(node: fx.Node) -> tuple[Any, ...]:
-    """The three sides of a matrix product, of one of a batch; of another op none."""
+    """The three sides of a matrix product, of one of a batch or of the steps of a recurrence; of another op none."""
+    if node.target in CALLS:
+        return sides_of_step(node)
     if node.target not in (aten.mm.default, aten.bmm.default, aten.addmm.default):
         return ()
     left, right = (source.meta["val"].shape for source in node.args[-2:])  # type: ignore[union-attr]

@@ -1,4 +1,7 @@
-"""How long a graph takes on a device by its rates: arithmetic, memory traffic and one call for every op."""
+"""How long a graph takes on a device by its rates: arithmetic, memory traffic and one call for every op.
+
+A recurrence consists of several ops for each step, of which one is a product.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from dpcompile.finite import finite_rows
 from dpcompile.flops import flops_of, is_attention, sides_of
 from dpcompile.ir import Program
 from dpcompile.memory import Storages
+from dpcompile.recurrent import GRU, LSTM, RNN, calls_of, steps_of
 from dpcompile.shapes import size_of
 from dpcompile.torch_internals import sample_sizes
 
@@ -34,7 +38,7 @@ def times(program: Program, device: DeviceSpec, batch_size: int) -> dict[fx.Node
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
-        found[node] = device.s_per_op
+        found[node] = device.s_per_op * calls_of(node)
         if node.target is finite_rows or not any(root[0] == node.name for root in storages.of(node)):
             continue
         values = [value for source in (node, *node.all_input_nodes) for value in pytree.tree_leaves(source.meta["val"])]
@@ -47,7 +51,9 @@ def times(program: Program, device: DeviceSpec, batch_size: int) -> dict[fx.Node
             rate = device.narrow_flops_per_s or rate
         shared = bool(flops) or elements >= FORK
         slow = elements * _slow(device).get(node.target, 0.0)
-        found[node] += shared * device.s_per_fork + flops / rate + max(moved / device.bytes_per_s, slow)
+        found[node] += (
+            shared * device.s_per_fork * steps_of(node) + flops / rate + max(moved / device.bytes_per_s, slow)
+        )
     return found
 
 
@@ -59,4 +65,9 @@ def _number(count: Any, sizes: Mapping[sympy.Symbol, int]) -> float:
 
 def _slow(device: DeviceSpec) -> dict[Any, float]:
     """Seconds for an element of the result, of ops that take longer than to read and write their tensors."""
-    return {aten.tanh.default: device.s_per_tanh, aten.max_pool2d_with_indices.default: device.s_per_maximum}
+    gates = {LSTM: 5, GRU: 3, RNN: 1}  # sigmoids and tanhs for each element of a state
+    return {
+        aten.tanh.default: device.s_per_tanh,
+        aten.max_pool2d_with_indices.default: device.s_per_maximum,
+        **{op: count * device.s_per_tanh for op, count in gates.items()},
+    }

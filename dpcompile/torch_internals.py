@@ -12,9 +12,8 @@ from typing import Any
 
 import sympy
 import torch
-from torch._decomp import decomposition_table  # no public table holds the RNN decompositions
+from torch._decomp import decomposition_table  # the public tables hold core ops alone
 from torch._dispatch.python import enable_python_dispatcher  # symbolic shapes need it inside make_fx
-from torch._ops import OperatorBase  # the key type of decomposition tables
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -38,11 +37,6 @@ from dpcompile.errors import NoRuleError
 
 aten = torch.ops.aten
 
-# Recurrent kernels are one opaque op each; torch's own decompositions turn them into linear and pointwise ops.
-DECOMPOSITIONS: dict[OperatorBase, Callable[..., Any]] = {
-    op: decomposition_table[op] for op in (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
-}
-
 
 def made_of(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
     """The op as a function of simpler ops: the kernel that composes it, or torch's own table; None for a basic op."""
@@ -50,6 +44,24 @@ def made_of(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
     if op.has_kernel_for_dispatch_key(key):
         return functools.partial(op._op_dk, key)  # `op.decompose` would call what export has put in its place
     return decomposition_table.get(op)
+
+
+@contextlib.contextmanager
+def composed_by(table: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """Ops whose shapes tracing finds by the functions of the table, and not by those in Python that torch has for them.
+
+    torch's own, for recurrent layers, go through the steps one by one and thereby fix their number.
+    """
+    before = {op: dict(op.py_kernels) for op in table}
+    try:
+        for op, fn in table.items():
+            op.py_kernels.update(dict.fromkeys(op.py_kernels, fn))
+            op._dispatch_cache.clear()
+        yield
+    finally:
+        for op, kernels in before.items():
+            op.py_kernels.update(kernels)
+            op._dispatch_cache.clear()
 
 
 @contextlib.contextmanager

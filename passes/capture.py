@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from dpcompile.attributes import ModuleRecord, attribute_reads
 from dpcompile.calls import CallSpec, LeafSpec, in_program
-from dpcompile.cells import CELLS
+from dpcompile.cells import CELLS, LAYERS
 from dpcompile.choices import choice_by_data, line_of, user_frames
 from dpcompile.errors import CaptureError, DPCompileError, Finding, refusal
 from dpcompile.ir import Input, InputKind, Output, OutputKind, Program
@@ -27,9 +27,9 @@ from dpcompile.rules.batching import rule_for
 from dpcompile.rules.batching.base import NEW_RULE
 from dpcompile.shapes import size_of
 from dpcompile.torch_internals import (
-    DECOMPOSITIONS,
     ReentrantCheckpointError,
     checkpointed_regions,
+    composed_by,
     made_of,
     symbolic_batch,
     users_frames,
@@ -113,12 +113,12 @@ def capture(
     try:
         with symbolic_batch(), users_frames(), warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")  # torch.export's own deprecations: nothing a user could act on
-            with checkpointed_regions() as regions, attribute_reads(model) as reads:
+            with checkpointed_regions() as regions, attribute_reads(model) as reads, composed_by(LAYERS):
                 exported = torch.export.export(root, sample, dynamic_shapes=(dynamic,), strict=False)
             _keep_no_grad_regions(exported.graph_module)
             _inline_empty_literals(exported.graph_module)
             lines = _lines_of_regions(exported.graph_module)
-            exported = _written_out(exported.run_decompositions({**DECOMPOSITIONS, **CELLS}))
+            exported = _written_out(exported.run_decompositions({**LAYERS, **CELLS}))
             _restore_lines(exported.graph, lines)
     except DPCompileError:
         raise
@@ -152,8 +152,8 @@ def _capture_message(model: nn.Module, call: CallSpec, error: Exception) -> str:
     if length is not None:
         return (
             f"capture: the forward of {type(model).__name__} makes a plain number of {length}, which dynamic= frees.\n"
-            "  int(x.shape[1]), a literal, a loop over positions in Python, or an LSTM, GRU or RNN, which is computed "
-            f"step by step, does so. {CURE}"
+            "  int(x.shape[1]), a literal, a loop over positions in Python, or an LSTM with proj_size, which is such "
+            f"a loop, does so. {CURE}"
         )
     if "specialized it to be a constant" in reason:
         return (

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from batching_calls import SIZE, OpCall, call, read
 
+from dpcompile.recurrent import GRU, LSTM, RNN
 from dpcompile.rules import places
 
 X, Y = "f:B34", "f:B45"
@@ -296,6 +297,19 @@ ATTENTION_MIXING: list[OpCall] = [
 ]
 
 IMG, SIG, VOL = "f:B466", "f:B46", "f:B4666"
+RECURRENCE: list[OpCall] = [
+    read(OpCall(LSTM, ("f:B38", "f:8", "f:82", "f:B2", "f:B2"), {})),
+    read(OpCall(GRU, ("f:B36", "f:6", "f:62", "f:B2"), {})),
+    read(OpCall(GRU, ("f:B36", None, "f:62", "f:B2"), {})),
+    *(read(OpCall(RNN, ("f:B32", "f:2", "f:22", "f:B2", relu), {})) for relu in (False, True)),
+]
+RECURRENCE_MIXING: list[OpCall] = [
+    read(OpCall(LSTM, ("f:3B8", "f:8", "f:82", "f:32", "f:32"), {})),
+    read(OpCall(LSTM, ("f:(2B)38", "f:8", "f:82", "f:(2B)2", "f:(B2)2"), {})),
+    read(OpCall(GRU, ("f:(2B)36", None, "f:62", "f:(B2)2"), {})),
+    read(OpCall(RNN, ("f:B32", "f:B32", "f:22", "f:B2", True), {})),
+]
+
 LOCAL: list[OpCall] = [
     *each("conv1d", SIG, "f:343", "f:3"),
     *each("conv2d", IMG, "f:3433", "f:3", padding=[1, 1]),

@@ -333,6 +333,9 @@ PARTS: dict[str, Callable[[], Uses]] = {
         nn.ModuleList([nn.Conv1d(4, 4, 4, stride=2, padding=1), nn.ConvTranspose1d(4, 4, 4, stride=2, padding=1)]),
         down_and_up,
     ),
+    "lstm": lambda: Uses(nn.LSTM(4, 3, 2, batch_first=True, bidirectional=True), lambda m, x: m(x)[0]),
+    "gru": lambda: Uses(nn.GRU(4, 3, batch_first=True), lambda m, x: m(x)[1][0]),
+    "rnn": lambda: Uses(nn.RNN(4, 3, batch_first=True, nonlinearity="relu"), lambda m, x: m(x)[0]),
     "time_first": lambda: Uses(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0), time_first),
 }
 
@@ -409,13 +412,13 @@ def test_a_sample_of_one_position_is_refused() -> None:
         dpcompile(Apply(), torch.randn(3, 1, 4), dynamic=[1])
 
 
-def test_recurrent_layers_have_a_fixed_length() -> None:
+def test_recurrent_layers_with_a_projection_have_a_fixed_length() -> None:
     class Last(nn.LSTM):
         def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
             return super().forward(x)[0][:, -1]
 
-    with pytest.raises(CaptureError, match=r"dimension 1 of `x`, which dynamic= frees.*\n.*LSTM, GRU or RNN"):
-        dpcompile(Last(4, 4, batch_first=True), torch.randn(3, 6, 4), dynamic=[1])
+    with pytest.raises(CaptureError, match=r"dimension 1 of `x`, which dynamic= frees.*\n.*LSTM with proj_size"):
+        dpcompile(Last(4, 4, proj_size=2, batch_first=True), torch.randn(3, 6, 4), dynamic=[1])
 
 
 def test_a_length_outside_of_what_the_model_decides_by_is_refused() -> None:

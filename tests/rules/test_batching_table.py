@@ -18,7 +18,7 @@ from dpcompile.rules import batching
 from dpcompile.rules.batching import pointwise, table
 
 CLASSES = (
-    *("COPIES", "VIEWS", "POINTWISE", "REDUCTIONS", "CONTRACTIONS", "ATTENTION"),
+    *("COPIES", "VIEWS", "POINTWISE", "REDUCTIONS", "CONTRACTIONS", "ATTENTION", "RECURRENCE"),
     *("LOCAL", "NORMS", "INDEXING", "LOSSES", "CONSTRUCTORS"),
 )
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dpcompile.recurrent import OPS
 from dpcompile.rules import places
 from dpcompile.rules.batching import (
     attention,
@@ -23,6 +24,7 @@ from dpcompile.rules.batching import (
     losses,
     norms,
     pointwise,
+    recurrent,
     reductions,
     views,
 )
@@ -133,6 +135,7 @@ ATTENTION = {
     **_aten(attention.fused, "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu"),
     **_aten(attention.fused, "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"),
 }
+RECURRENCE: dict[Any, Rule] = dict.fromkeys(OPS, recurrent.recurrence)
 LOCAL = {
     **_aten(local.conv, "conv1d conv2d conv3d convolution _convolution conv_transpose1d conv_transpose2d"),
     **_aten(local.conv, "conv_transpose3d"),
@@ -207,6 +210,7 @@ TABLE: dict[Any, Rule] = {
     **REDUCTIONS,
     **CONTRACTIONS,
     **ATTENTION,
+    **RECURRENCE,
     **LOCAL,
     **NORMS,
     **INDEXING,

@@ -15,6 +15,7 @@ CLASSES = {
     "Reductions, scans, sorts, matrices": "REDUCTIONS",
     "Products": "CONTRACTIONS",
     "Attention": "ATTENTION",
+    "Recurrent layers": "RECURRENCE",
     "Convolution, pooling, resizing, padding, look-up": "LOCAL",
     "Normalisation": "NORMS",
     "Indexing": "INDEXING",

@@ -9,6 +9,7 @@ from dpcompile.rules.sites.convolution import Convolution
 from dpcompile.rules.sites.embedding import Embedding
 from dpcompile.rules.sites.fallback import Fallback
 from dpcompile.rules.sites.norms import GroupNorm, LayerNorm
+from dpcompile.rules.sites.recurrence import Recurrence
 
 # Special before general: the last two take whatever is left.
 RULES: tuple[SiteRule, ...] = (
@@ -17,6 +18,7 @@ RULES: tuple[SiteRule, ...] = (
     Embedding(),
     LayerNorm(),
     GroupNorm(),
+    Recurrence(),
     Broadcast(),
     Fallback(),
 )
