@@ -98,10 +98,11 @@ def _apart(gradients: Sequence[Any], emitted: Emitted) -> list[Any]:
     seen: set[int] = set()
     found: list[Any] = []
     for gradient in gradients:
-        shared = gradient is not None and gradient.numel() > 0 and gradient.data_ptr() in seen
-        found.append(gradient.clone() if shared else gradient)
-        if gradient is not None:
-            seen.add(gradient.data_ptr())
+        if gradient is not None and gradient.numel() > 0:
+            place = gradient.data_ptr()
+            gradient = gradient.clone() if place in seen else gradient
+            seen.add(place)
+        found.append(gradient)
     return found
 
 
