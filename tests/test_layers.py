@@ -1,4 +1,4 @@
-"""Layers and layouts made of several sites: shared weights, recurrent layers, attention, frozen and unused parts."""
+"""Layers and layouts made of several sites: shared weights, recurrent cells, attention, frozen and unused parts."""
 
 from __future__ import annotations
 
@@ -86,39 +86,7 @@ def test_parameter_under_two_names() -> None:
     check_module(nn.Sequential(first, nn.Tanh(), second), torch.randn(3, T, D))
 
 
-# ------------------------------------------------------------ recurrent layers
-
-RECURRENT = {
-    "rnn": nn.RNN(D, P, batch_first=True),
-    "rnn with relu, two layers": nn.RNN(D, 3, num_layers=2, nonlinearity="relu", batch_first=True),
-    "lstm": nn.LSTM(D, P, batch_first=True, bias=False),
-    "lstm, both directions": nn.LSTM(2, 2, num_layers=2, bidirectional=True, batch_first=True),
-    "gru": nn.GRU(D, P, batch_first=True),
-    "lstm with a projection": nn.LSTM(D, 3, proj_size=2, batch_first=True),
-}
-
-
-@pytest.mark.parametrize("name", RECURRENT)
-def test_recurrent_layer(name: str) -> None:
-    layer = RECURRENT[name]
-    torch.manual_seed(0)
-    layer.reset_parameters()  # not those of the import, whatever was drawn before: with some, no ReLU is alive
-    module = Apply(lambda m, x: m.f(x)[0], modules={"f": layer})
-    check_module(module, torch.randn(3, 2, layer.input_size), batch_sizes=(3, 1), methods=FEW)
-
-
-@pytest.mark.parametrize("kind", [pytest.param(nn.GRU, marks=pytest.mark.slow), nn.LSTM])
-def test_recurrent_layer_with_the_sequence_first(kind: type[nn.RNNBase]) -> None:
-    module = Apply(lambda m, x: m.f(x)[0], modules={"f": kind(D, 3)})
-    check_module(module, (torch.randn(2, 3, D),), batched=[1], loss=loss_at(1), methods=FEW)
-
-
-def test_recurrent_state_that_is_a_parameter() -> None:
-    def run(m: Any, x: Tensor) -> Tensor:
-        return m.f(x, m.start.expand(1, x.shape[0], -1).contiguous())[0]
-
-    module = Apply(run, modules={"f": nn.GRU(D, 3, batch_first=True)}, start=(1, 1, 3))
-    check_module(module, torch.randn(3, T, D), batch_sizes=(3, 1), methods=FEW)
+# ------------------------------------------------------------ recurrent cells
 
 
 @pytest.mark.parametrize("kind", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])

@@ -115,6 +115,17 @@ def test_flops_of_groups_equal_the_counted_ones() -> None:
         assert int(emitted.plan.flops().subs(B, 3)) == found
 
 
+@pytest.mark.parametrize("layer", [nn.LSTM(4, 3, batch_first=True), nn.GRU(4, 3, bidirectional=True, batch_first=True)])
+def test_flops_of_recurrent_layers_equal_the_counted_ones(layer: nn.RNNBase) -> None:
+    """The private step only: plain training's takes no product with a first state of zeros, forward or backward."""
+    module = randomised(Apply(lambda m, x: m.f(x)[0], modules={"f": layer}))
+    sample = torch.randn(3, 5, 4, dtype=torch.double)
+    methods = tuple(m for m in METHODS if m != "forced-explicit")  # both biases of an LSTM have one sum then
+    for emitted in compile_all(module, sample, methods=methods).emitted.values():
+        found = _counted(lambda e=emitted: step(module, e, sample, loss_at(0)))
+        assert int(emitted.plan.flops().subs(B, 3)) == found
+
+
 def test_flops_of_folded_rows_equal_the_counted_ones() -> None:
     module = randomised(nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)))
     sample = torch.randn(3, 6, 4, dtype=torch.double)
