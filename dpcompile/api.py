@@ -37,6 +37,7 @@ from dpcompile.passes.insert_norms import insert_norms
 from dpcompile.passes.keep_layouts import keep_layouts
 from dpcompile.passes.measure_sites import candidates, measure_sites
 from dpcompile.passes.normalise import normalise
+from dpcompile.passes.part_gradients import part_gradients
 from dpcompile.passes.penalty import penalty
 from dpcompile.passes.reweight_gradients import reweight_gradients
 from dpcompile.passes.rewrite import Order, Rewrite, rewrite
@@ -58,6 +59,7 @@ REWRITES: tuple[Rewrite, ...] = (
     reweight_gradients,  # needs the clip factors
     compute_again,  # among the sums
     tidy,
+    part_gradients,  # that tidy has made one
     spare_masks,  # of the marks that tidy has merged
     keep_layouts,
 )

@@ -42,7 +42,6 @@ class Emitted:
     fixed: tuple[int, ...] = field(init=False)  # those of them that no gradient flows into
     tangents: tuple[int, ...] = field(init=False)  # those whose gradients the backward reads; fused: the loss
     gradients: tuple[int | None, ...] = field(init=False)  # for each input of `forward`, which gradient is its own
-    repeated: frozenset[int] = field(init=False)  # gradients that are an earlier parameter's too: p.grad has its own
     boxed_backward: Callable[[list[Any]], Any] | None = field(init=False, compare=False, repr=False)
     shorter: dict[tuple[int, ...], Callable[[list[Any]], Any] | None] = field(init=False, compare=False, repr=False)
     """The same without the gradients of some outputs, made where a loss first leaves them out."""
@@ -50,7 +49,6 @@ class Emitted:
     def __post_init__(self) -> None:
         own = tuple(o for o in self.forward.outputs if o.kind in (OutputKind.USER, OutputKind.BUFFER))
         made = (self.backward or self.forward).outputs
-        grads = [o.node for o in made if o.kind is OutputKind.GRADIENT]
         places = {o.target: i for i, o in enumerate(o for o in made if o.kind is OutputKind.GRADIENT)}
         derived = {
             "own": own,
@@ -63,7 +61,6 @@ class Emitted:
                 for i in self.forward.inputs
                 if i.kind is not InputKind.BOUND
             ),
-            "repeated": frozenset(i for i, node in enumerate(grads) if node in grads[:i]),
             "shorter": {},
             "boxed_backward": None if self.backward is None else boxed(self.backward.module),
         }
@@ -89,21 +86,6 @@ class Emitted:
 def without_autocast(emitted: Emitted) -> torch.autocast:
     """Ops as they are in the graph, which has the casts of the autocast that it was captured under."""
     return torch.autocast(emitted.call.device.type, enabled=False)
-
-
-def _apart(gradients: Sequence[Any], emitted: Emitted) -> list[Any]:
-    """The gradients, none of which shares memory with another: autograd adds to each in place."""
-    if torch.compiler.is_compiling():
-        return [g.clone() if i in emitted.repeated and g is not None else g for i, g in enumerate(gradients)]
-    seen: set[int] = set()
-    found: list[Any] = []
-    for gradient in gradients:
-        if gradient is not None and gradient.numel() > 0:
-            place = gradient.data_ptr()
-            gradient = gradient.clone() if place in seen else gradient
-            seen.add(place)
-        found.append(gradient)
-    return found
 
 
 class PrivateFunction(torch.autograd.Function):
@@ -152,7 +134,6 @@ class PrivateFunction(torch.autograd.Function):
             if torch.compiler.is_compiling():  # no result needs the graph's own record of norms now, and it is dropped
                 zero = records.OP(torch.zeros_like(bound).unsqueeze(1), ctx.handle).sum()
                 results = [None if value is None else value + zero.to(value.dtype) for value in results]
-        results = _apart(results, emitted)
         gradients = [None if at is None else results[at] for at in emitted.gradients]
         if not torch.compiler.is_compiling():
             records.hand(ctx.handle, gradients)
@@ -183,7 +164,6 @@ class FusedFunction(torch.autograd.Function):
             gradients = [torch.zeros_like(g) for g in gradients]
         elif torch.compiler.is_compiling() or scale.device.type != "cpu" or scale.item() != 1.0:
             gradients = [g * scale for g in gradients]
-        gradients = _apart(gradients, ctx.emitted)
         handed = [None if at is None else gradients[at] for at in ctx.emitted.gradients]
         if not torch.compiler.is_compiling():
             records.hand(ctx.handle, handed)
