@@ -8,7 +8,6 @@ an eager call copies nothing as long as all samples are finite.
 from __future__ import annotations
 
 import torch
-from torch.overrides import handle_torch_function, has_torch_function
 
 
 @torch.library.custom_op("dpcompile::finite_rows", mutates_args=())
@@ -31,8 +30,6 @@ def cleared(tensor: torch.Tensor, finite_B: torch.Tensor) -> torch.Tensor:
 
 def unless_all(finite_B: torch.Tensor) -> torch.Tensor | None:
     """The mask; None if all samples are finite, which an eager call can look at."""
-    if has_torch_function((finite_B,)):  # torch traces a stored graph when it loads it
-        return handle_torch_function(unless_all, (finite_B,), finite_B)
     if torch.compiler.is_compiling():
         return finite_B
     return None if bool(finite_B.all()) else finite_B
@@ -40,6 +37,4 @@ def unless_all(finite_B: torch.Tensor) -> torch.Tensor | None:
 
 def finite_rows(tensor: torch.Tensor, mask_B: torch.Tensor | None) -> torch.Tensor:
     """The tensor itself where there is nothing to clear."""
-    if has_torch_function((tensor, mask_B)):
-        return handle_torch_function(finite_rows, (tensor, mask_B), tensor, mask_B)
     return tensor if mask_B is None else cleared(tensor, mask_B)

@@ -11,6 +11,8 @@ import sympy
 import torch
 from torch import fx
 
+from dpcompile.stored import StoredGraph
+
 Size = int | sympy.Expr
 """A size, or a factor of one: a number, or an expression in the lengths that a call may choose."""
 
@@ -72,7 +74,7 @@ class Program:
 
     def __reduce__(self) -> Any:
         """A stored program runs; it has no fake tensors any more, so it cannot be compiled further."""
-        return Program, (self.module, self.inputs, self.outputs, None, self.constants)
+        return _read, (StoredGraph.of(self.module), self.inputs, self.outputs, dict(self.constants))
 
     @property
     def graph(self) -> fx.Graph:
@@ -92,6 +94,11 @@ class Program:
 
     def inputs_of(self, kind: InputKind) -> tuple[Input, ...]:
         return tuple(i for i in self.inputs if i.kind is kind)
+
+
+def _read(graph: StoredGraph, *others: Any) -> Program:
+    inputs, outputs, constants = others
+    return Program(graph.module(), inputs, outputs, None, constants)  # pyright: ignore[reportArgumentType]
 
 
 def ancestors(roots: Sequence[fx.Node]) -> set[fx.Node]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.overrides import handle_torch_function, has_torch_function
 
 aten = torch.ops.aten
 
@@ -38,8 +37,6 @@ def _(*arguments: Any) -> torch.Tensor:
 
 def convolution(image: torch.Tensor, *others: Any) -> torch.Tensor:
     """`aten.convolution`; under torch.compile on a CPU the op of this file."""
-    if has_torch_function((image,)):  # torch traces a stored graph when it loads it
-        return handle_torch_function(convolution, (image,), image, *others)
     if torch.compiler.is_compiling() and image.device.type == "cpu":
         return _convolution(image, *others)
     return aten.convolution(image, *others)

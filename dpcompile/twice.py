@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch.overrides import handle_torch_function, has_torch_function
 
 
 @torch.library.custom_op("dpcompile::twice", mutates_args=())
@@ -18,6 +17,4 @@ def _(tensor: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
 
 def twice(tensor: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
     """The tensor itself, not before `behind` is there; under torch.compile a copy of it."""
-    if has_torch_function((tensor, behind)):  # torch traces a stored graph when it loads it
-        return handle_torch_function(twice, (tensor, behind), tensor, behind)
     return _twice(tensor, behind) if torch.compiler.is_compiling() else tensor
