@@ -50,7 +50,7 @@ from dpcompile.shapes import hint, is_one
 
 BLOCK = 1024
 """Products that one matrix product adds up at most; longer ones are cut, and their parts added."""
-SHORT, LONG = 128, 2048
+SHORT, LONG = 64, 2048
 """Terms of a float32 sum before float64 takes over, in sums of more than LONG terms."""
 SECOND_ORDER = 1.001
 """Covers products of bounds, each below 1e-4, and the rounding of the bounds themselves."""
