@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from dpcompile.certified import dropped_norm, ghost_norm, sq_norm
 from dpcompile.forms import (
-    BANDS,
     CROWD,
     WIDE,
     Explicit,
@@ -124,10 +123,10 @@ def test_ghost_norm_of_groups(seed: int, batch: int, groups: int, length: int, r
 
 
 @settings(check, max_examples=15)
-@given(seed=seeds, batch=batches, groups=st.integers(1, 2), length=st.integers(WIDE - 1, WIDE + 6), size=sizes)
+@given(seed=seeds, batch=batches, groups=st.integers(1, 2), length=st.integers(2 * WIDE - 2, 3 * WIDE + 3), size=sizes)
 def test_ghost_norm_by_bands_of_positions(seed: int, batch: int, groups: int, length: int, size: int) -> None:
     torch.manual_seed(seed)
-    assert len(bands(length, torch.device("cpu"))) == (BANDS if length >= WIDE else 1)
+    assert len(bands(length, torch.device("cpu"))) == (length // WIDE if length >= 2 * WIDE else 1)
     one = grouped(batch, groups, length, size, 3)
     torch.testing.assert_close(_ghost_square([one]), written_out(one).square().sum((1, 2, 3)))
     two: list[Form] = [outer(batch, length, size, 3), outer(batch, length + 1, size, 3, swapped=True)]
