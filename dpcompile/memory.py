@@ -161,15 +161,17 @@ def _is_view(node: fx.Node) -> bool:
         return True
     (source, *_), value = node.all_input_nodes, node.meta["val"]
     given = source.meta["val"]
-    concrete = torch.empty_strided(_numbers(given.shape), _numbers(given.stride()), device="meta")
+    shape, strides, wanted = (_numbers(sizes) for sizes in (given.shape, given.stride(), value.shape))
+    if None in (*shape, *strides, *wanted):  # only the data tell: it may be one
+        return True
     try:
-        concrete.view(_numbers(value.shape))
+        torch.empty_strided(shape, strides, device="meta").view(wanted)
     except RuntimeError:
         return False
     return True
 
 
-def _numbers(sizes: Any) -> list[int]:
+def _numbers(sizes: Any) -> list[Any]:
     return [hint(size) for size in sizes]
 
 
