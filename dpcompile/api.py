@@ -14,7 +14,6 @@ from torch import nn
 from dpcompile import steptime
 from dpcompile.budget import Schedule
 from dpcompile.calls import CallSpec, bind_sample, sample_values
-from dpcompile.certified import without_bounds
 from dpcompile.clipping import Clipping, clipping_of
 from dpcompile.device import DeviceSpec, spec_for
 from dpcompile.emitted import Emitted
@@ -47,6 +46,7 @@ from dpcompile.passes.tidy import tidy
 from dpcompile.passes.trace_backward import loss_scale, trace_backward
 from dpcompile.passes.track_batch import track_batch
 from dpcompile.plan import Costs, Method, Plan, Times
+from dpcompile.rounding import without_bounds
 from dpcompile.runtime import NONFINITE, DPModule
 from dpcompile.tuning import Tuner
 from dpcompile.units import bytes_of

@@ -16,9 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -46,6 +44,7 @@ from dpcompile.forms import (
 )
 from dpcompile.joined import joined
 from dpcompile.patches import kernel_squares, overlapped, padded
+from dpcompile.rounding import gamma, row_norms, storage_unit, tiny, unit
 from dpcompile.shapes import hint, is_one
 
 BLOCK = 1024
@@ -63,40 +62,6 @@ WELL_BELOW = 2e-4
 def accurate(tensor: torch.Tensor) -> torch.Tensor:
     """float32 at least."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
-_bounds: ContextVar[bool] = ContextVar("bounds", default=True)
-
-
-@contextmanager
-def without_bounds() -> Iterator[None]:
-    """Norms that are traced here are as computed, with next to nothing added for rounding: for comparisons."""
-    token = _bounds.set(False)
-    try:
-        yield
-    finally:
-        _bounds.reset(token)
-
-
-def unit(dtype: torch.dtype) -> float:
-    """Unit roundoff u: half the distance from 1 to the next number."""
-    return torch.finfo(dtype).eps / 2 if _bounds.get() else 1e-30
-
-
-def gamma(terms: int | torch.SymInt, dtype: torch.dtype) -> float:
-    """Relative error of a sum of that many products, in the worst case; of a free length, a number of the graph."""
-    nu = terms * unit(dtype)
-    return nu / (1 - nu) if hint(terms) * unit(dtype) < 0.5 else float("inf")
-
-
-def tiny(dtype: torch.dtype) -> float:
-    """What a product that underflows may lose, also where subnormal numbers count as zero."""
-    return torch.finfo(dtype).tiny
-
-
-def storage_unit(dtype: torch.dtype) -> float:
-    """Unit roundoff of a type that is narrower than what sums are computed in; else 0, as it is counted there."""
-    return unit(dtype) if dtype in (torch.bfloat16, torch.float16) else 0.0
 
 
 def sq_norm(grad: torch.Tensor) -> torch.Tensor:
@@ -194,11 +159,14 @@ def _tiled(form: Outer) -> torch.Tensor:
     length, p, d = *rows.shape[1:], cols.shape[2]
     wide = doubled(form)
     dtype = kernels.sum_type(rows.dtype, wide=wide)
-    made = SECOND_ORDER * gamma(kernels.terms(length, dtype if wide else rows.dtype), dtype)
-    adding = gamma(kernels.sum_terms(kernels.block_tiles(p, d, dtype), dtype) + 4, dtype)
-    squares = kernels.SQUARED(rows, cols, wide) * (1 + 2 * adding) + p * d * tiny(dtype)
-    error = (made + _sum_gamma(form)) * _length(form)
-    return torch.stack([_over_groups(squares, form.rows_BGTp.shape[:2]), error.square()])
+    narrow, device = dtype if wide else rows.dtype, rows.device
+    made = SECOND_ORDER * gamma(kernels.terms(length, narrow, device), dtype)
+    adding = gamma(kernels.block_terms(p, d, dtype, device) + 4, dtype)
+    squares, lengths = kernels.SQUARED(rows, cols, wide).unbind()
+    square = squares * (1 + 2 * adding) + p * d * tiny(dtype)
+    shape = form.rows_BGTp.shape[:2]
+    error = (made + _sum_gamma(form)) * _over_groups(lengths.square(), shape).sqrt()
+    return torch.stack([_over_groups(square, shape), error.square()])
 
 
 def ghost_norm(forms: Sequence[Outer | OneHot | Patched], *, flash: bool = False) -> torch.Tensor:
@@ -382,16 +350,14 @@ def _pairing(
 
 
 def _flashed(form: Outer) -> torch.Tensor:
-    """[2, B]: as `_pairing` of Gram matrices that are formed and summed in tiles; norms are those of the factors."""
+    """[2, B]: as `_pairing` of Gram matrices that are formed and summed in tiles."""
     rows, cols = form.rows_BGTp.flatten(0, 1), form.cols_BGTd.flatten(0, 1)
-    row_norms, col_norms = _row_norms(rows), _row_norms(cols)
     wide = doubled(form)
     dtype = kernels.sum_type(rows.dtype, wide=wide)
-    narrow = dtype if wide else rows.dtype
-    by_rows, by_cols = (gamma(kernels.terms(count, narrow), dtype) for count in (rows.shape[2], cols.shape[2]))
-    adding = gamma(kernels.sum_terms(kernels.pairs_tiles(rows.shape[1], dtype), dtype) + 4, dtype)
-    together, weighed_rows, weighed_cols = kernels.PAIRED(rows, cols, row_norms, col_norms, wide).unbind()
-    lengths = (row_norms * col_norms).sum(1, dtype=torch.float64)
+    narrow, device = dtype if wide else rows.dtype, rows.device
+    by_rows, by_cols = (gamma(kernels.terms(count, narrow, device), dtype) for count in (rows.shape[2], cols.shape[2]))
+    adding = gamma(kernels.pair_terms(rows.shape[1], dtype, device) + 4, dtype)
+    together, weighed_rows, weighed_cols, lengths = kernels.PAIRED(rows, cols, wide).unbind()
     by_data = (by_cols + adding) * weighed_rows + by_rows * weighed_cols
     off = by_data + (by_rows + adding) * by_cols * lengths.square()
     square = together + rows.shape[1] ** 2 * tiny(dtype) + SECOND_ORDER * off
@@ -489,14 +455,6 @@ def _explicit_gamma(form: Outer | OneHot | Patched) -> float:
 def _length(form: Outer | OneHot) -> torch.Tensor:
     """[B] float64, at least sum_t |rows_t| |cols_t|, by reading both factors once."""
     if isinstance(form, OneHot):
-        return _row_norms(form.cols_BTd).sum(1, dtype=torch.float64)
-    lengths = (_row_norms(form.rows_BGTp) * _row_norms(form.cols_BGTd)).sum(2, dtype=torch.float64)
+        return row_norms(form.cols_BTd).sum(1, dtype=torch.float64)
+    lengths = (row_norms(form.rows_BGTp) * row_norms(form.cols_BGTd)).sum(2, dtype=torch.float64)
     return lengths.square().sum(1).sqrt() if lengths.shape[1] != 1 else lengths.squeeze(1)
-
-
-def _row_norms(values: torch.Tensor) -> torch.Tensor:
-    """Norms over the last dimension that are not too small, in one pass that writes nothing."""
-    count = values.shape[-1]
-    dtype = torch.float64 if values.dtype is torch.float64 else torch.float32
-    norms = torch.linalg.vector_norm(values, dim=-1, dtype=dtype)
-    return norms * (1 + gamma(count + 4, dtype)) + (count * 4 * tiny(dtype) / unit(dtype)) ** 0.5

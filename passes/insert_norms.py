@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from dpcompile import records  # registers the op that carries norms out of a compiled backward
-from dpcompile.certified import dropped_norm, ghost_norm, kept_norm, streamed_norm, unit
+from dpcompile.certified import dropped_norm, ghost_norm, kept_norm, streamed_norm
 from dpcompile.forms import Patched, added, written_out
 from dpcompile.inline import inline
 from dpcompile.ir import Draft, Input, InputKind, Program, Space
@@ -18,6 +18,7 @@ from dpcompile.joined import joined
 from dpcompile.passes.combine import GroupReader
 from dpcompile.passes.rewrite import Order
 from dpcompile.plan import Method
+from dpcompile.rounding import unit
 from dpcompile.torch_internals import fake_mode_of
 
 

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from dpcompile import BatchMixingError, DPCompileError, DPModule, InvalidGraphError, NoRuleError, dpcompile
 from dpcompile.budget import Schedule
-from dpcompile.certified import without_bounds
 from dpcompile.passes import choose_norms
+from dpcompile.rounding import without_bounds
 
 INFINITE = float("inf")
 ZERO = 1e-12  # errors are never measured against less: norms that are all zero need not be zero to the last bit

@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpcompile import dpcompile, kernels
-from dpcompile.certified import dropped_norm, gamma, ghost_norm
+from dpcompile.certified import dropped_norm, ghost_norm
 from dpcompile.forms import Form, Outer, doubled, explicit, in_float64
 from dpcompile.plan import Method
+from dpcompile.rounding import gamma
 from dpcompile.shapes import B
 
 WAYS: dict[str, Callable[[list[Form]], Tensor]] = {
     "flash": lambda forms: ghost_norm(forms, flash=True),  # type: ignore[arg-type]
     "tiled": lambda forms: dropped_norm(forms, tiled=True),
 }
+CPU = torch.device("cpu")
 FORCED = ("forced-flash", "forced-tiled")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -84,22 +86,27 @@ def test_sums_are_as_near_to_the_truth_as_is_stated(
 ) -> None:
     torch.manual_seed(0)
     rows, cols = laid_out((samples, length, p), row_layout, dtype), laid_out((samples, length, d), col_layout, dtype)
-    r, c = (x.double().norm(dim=2).to(torch.float64 if dtype is torch.float64 else torch.float32) for x in (rows, cols))
+    r, c = (x.double().norm(dim=2) for x in (rows, cols))
     K, A = (x.double() @ x.double().mT for x in (rows, cols))
     rr, cc = (x[:, :, None].double() * x[:, None].double() for x in (r, c))
     total = kernels.sum_type(dtype, wide=wide)
-    of_K, of_A, of_G = (gamma(kernels.terms(n, total if wide else dtype), total) for n in (p, d, length))
-    adding = 2 * gamma(kernels.sum_terms(kernels.pairs_tiles(length, total), total) + 4, total)
+    of_K, of_A, of_G = (gamma(kernels.terms(n, total if wide else dtype, CPU), total) for n in (p, d, length))
+    adding = 2 * gamma(kernels.pair_terms(length, total, CPU) + 4, total)
+    of_norms = 4 * gamma(p + d + 16, total)
 
-    found = kernels.PAIRED(rows, cols, r, c, wide)
+    found = kernels.PAIRED(rows, cols, wide)
     sums = [(K * A), K.abs() * cc, A.abs() * rr]
     off = [of_K * rr * A.abs() + of_A * K.abs() * cc + (of_K * of_A + adding) * rr * cc]
-    off += [(of_K + adding) * rr * cc, (of_A + adding) * rr * cc]
-    for got, exact, most in zip(found, sums, off, strict=True):
-        assert ((got - exact.sum((1, 2))).abs() <= 1e-30 + 1.01 * most.sum((1, 2))).all()
+    off += [(of_K + adding + of_norms) * rr * cc, (of_A + adding + of_norms) * rr * cc]
+    for got, exact, most in zip(found[:3], sums, off, strict=True):
+        assert ((got - exact.sum((1, 2))).abs() <= 1e-15 + 1.01 * most.sum((1, 2))).all()
 
     grad, sizes = rows.double().mT @ cols.double(), rows.double().abs().mT @ cols.double().abs()
-    squares = kernels.SQUARED(rows, cols, wide)
+    squares, lengths = kernels.SQUARED(rows, cols, wide)
+    for length_N in (found[3], lengths):
+        assert (length_N >= (r * c).sum(1)).all()
+        assert (length_N <= 1e-15 + (r * c).sum(1) * (1 + of_norms)).all()
+    adding = 2 * gamma(kernels.block_terms(p, d, total, CPU) + 4, total)
     most = 2 * of_G * (grad.abs() * sizes).sum((1, 2)) + (of_G**2 + adding) * sizes.square().sum((1, 2))
     assert ((squares - grad.square().sum((1, 2))).abs() <= 1e-30 + 1.01 * most).all()
 
@@ -108,7 +115,7 @@ def test_sums_are_as_near_to_the_truth_as_is_stated(
 def test_compilers_are_told_the_truth_about_them(wide: bool) -> None:
     x = torch.randn(2, 5, 3)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(kernels.PAIRED, (x, x, x[..., 0], x[..., 0], wide), test_utils=checks)
+    torch.library.opcheck(kernels.PAIRED, (x, x, wide), test_utils=checks)
     torch.library.opcheck(kernels.SQUARED, (x, x, wide), test_utils=checks)
 
 
@@ -116,8 +123,8 @@ def test_compilers_are_told_the_truth_about_them(wide: bool) -> None:
 def test_tiles_of_the_size_that_a_device_gets() -> None:
     torch.manual_seed(0)
     rows, cols = torch.randn(2, 150, 70, dtype=torch.float64), torch.randn(2, 150, 130, dtype=torch.float64)
-    found = kernels.PAIRED(rows, cols, rows.norm(dim=2), cols.norm(dim=2), False)[0]
-    squares = kernels.SQUARED(rows, cols, False)
+    found = kernels.PAIRED(rows, cols, False)[0]
+    squares = kernels.SQUARED(rows, cols, False)[0]
     truth = (rows.mT @ cols).square().sum((1, 2))
     torch.testing.assert_close(found, truth, rtol=1e-13, atol=0)
     torch.testing.assert_close(squares, truth, rtol=1e-13, atol=0)

@@ -1,0 +1,95 @@
+"""The kernels of tiles.cpp: compiled by g++ for this machine when they are first asked for, and kept in the cache."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from dpcompile.device import cache_directory
+from dpcompile.rounding import norm_slack
+
+SOURCE = Path(__file__).with_name("tiles.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+SPAN = 128
+"""Products that are added up one after the other; the sums of longer ones are added in turn. As in tiles.cpp."""
+PANELS = 3
+"""Registers beside one another whose lanes are added up before float64 takes over. As in tiles.cpp."""
+LANES = 64
+"""Roundings that adding up lanes and parts of the work takes at most, in float64."""
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """None where there is no g++ (CXX names another one), or where it fails: the log says why."""
+    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    if compiler is None:
+        _log.info("no g++: norms are taken without the kernels of tiles.cpp")
+        return None
+    key = "\n".join((SOURCE.read_text(), compiler, *FLAGS, _machine()))
+    name = f"tiles-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
+    path = cache_directory() / name
+    try:
+        if not path.exists():
+            _compile(compiler, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        _log.info("tiles.cpp: %s\n%s", error, getattr(error, "stderr", ""))
+        return None
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Processes that do so at the same time put the same file there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        made = Path(directory) / path.name
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        os.replace(made, path)
+
+
+def _machine() -> str:
+    """What instructions there are: the cache may be that of several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.machine() + platform.processor()
+
+
+def run(name: str, rows_NTp: torch.Tensor, cols_NTd: torch.Tensor, total: torch.dtype, sums: int) -> torch.Tensor:
+    """[sums, N] float64 of a kernel, whose products are added up in type `total`."""
+    found = library()
+    assert found is not None
+    rows, cols = (x.float() if x.dtype is torch.float16 else x for x in (rows_NTp, cols_NTd))
+    samples, length, p = rows.shape
+    d = cols.shape[2]
+    out = torch.zeros((sums, samples), dtype=torch.float64)
+    if rows.numel() and cols.numel():
+        sizes = (samples, length, p, d, *rows.stride(), *cols.stride())
+        slack = (*norm_slack(p, total), *norm_slack(d, total))
+        kernel = getattr(found, f"{name}_{_short(rows.dtype)}_{_short(total)}")
+        kernel(
+            ctypes.c_void_p(rows.data_ptr()),
+            ctypes.c_void_p(cols.data_ptr()),
+            (ctypes.c_int64 * len(sizes))(*sizes),
+            (ctypes.c_double * len(slack))(*slack),
+            torch.get_num_threads(),
+            ctypes.c_void_p(out.data_ptr()),
+        )
+    return out
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

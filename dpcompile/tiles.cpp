@@ -1,0 +1,377 @@
+// Kernels for a CPU that form a product block by block and keep its sums alone. native.py compiles and calls them.
+//
+// A block lives in registers: HIGH rows by up to PANELS vectors. Factors are packed first, each in panels of as many
+// vectors of numbers as a register has lanes: packed[panel][k][lane], with zeros in lanes beyond the last.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64, LINES = 8;  // of a register; rows of a block, so that its sums fit into the registers there are
+#elif defined(__AVX__)
+constexpr int BYTES = 32, LINES = 4;
+#else
+constexpr int BYTES = 16, LINES = 4;
+#endif
+constexpr int PANELS = 3;
+constexpr int64_t SPAN = 128;  // products that are added up one after the other; native.py counts roundings by it
+
+template <typename F>
+struct Vector {
+  typedef F type __attribute__((vector_size(BYTES)));
+};
+template <typename F>
+using Lanes = typename Vector<F>::type;
+template <typename F>
+constexpr int WIDTH = BYTES / int(sizeof(F));
+template <typename F>
+constexpr int HIGH = std::min(LINES, WIDTH<F>);
+
+struct bfloat16 {
+  uint16_t bits;
+  operator float() const {
+    uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+  }
+};
+
+template <typename F>
+Lanes<F> load(const F *from) {
+  Lanes<F> lanes;
+  std::memcpy(&lanes, from, BYTES);
+  return lanes;
+}
+
+// The same of another type.
+template <typename F, typename G>
+Lanes<F> widened(const G *from) {
+  if constexpr (std::is_same_v<F, G>) return load(from);
+  F values[WIDTH<F>];
+  for (int i = 0; i < WIDTH<F>; i++) values[i] = F(from[i]);
+  return load(values);
+}
+
+template <typename F>
+void store(F *to, Lanes<F> lanes) {
+  std::memcpy(to, &lanes, BYTES);
+}
+
+template <typename F>
+Lanes<F> absolute(Lanes<F> lanes) {
+  return lanes < 0 ? -lanes : lanes;
+}
+
+// Sums of lanes in float64.
+template <typename F>
+struct Sums {
+  double lanes[WIDTH<F>] = {};
+  void add(Lanes<F> more, double factor) {
+    for (int i = 0; i < WIDTH<F>; i++) lanes[i] += double(more[i]) * factor;
+  }
+  double total() const {
+    double sum = 0;
+    for (double lane : lanes) sum += lane;
+    return sum;
+  }
+};
+
+template <typename F>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : at(static_cast<F *>(::operator new(count * sizeof(F), std::align_val_t(64)))) {}
+  ~Buffer() { ::operator delete(at, std::align_val_t(64)); }
+  Buffer(const Buffer &) = delete;
+  F *get() const { return at; }
+
+ private:
+  F *at;
+};
+
+struct Strides {
+  int64_t sample, position, element;
+};
+
+// ------------------------------------------------------------------ packing
+
+// Rows of WIDTH vectors to columns, by WIDTH = 2^n registers that are interleaved n times.
+template <typename F>
+void transpose(Lanes<F> (&lines)[WIDTH<F>]) {
+  constexpr int W = WIDTH<F>;
+  using Index = std::conditional_t<sizeof(F) == 4, int32_t, int64_t>;
+  typedef Index Places __attribute__((vector_size(BYTES)));
+  Places low, high;
+  for (int i = 0; i < W; i++) {
+    low[i] = i / 2 + (i % 2) * W;
+    high[i] = low[i] + W / 2;
+  }
+#pragma GCC unroll 4
+  for (int round = 1; round < W; round *= 2) {
+    Lanes<F> mixed[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; i++) {
+      mixed[2 * i] = __builtin_shuffle(lines[i], lines[i + W / 2], low);
+      mixed[2 * i + 1] = __builtin_shuffle(lines[i], lines[i + W / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) lines[i] = mixed[i];
+  }
+}
+
+// Vectors of `depth` numbers, one in each lane.
+template <typename F, typename G>
+void pack(const G *from, int64_t count, int64_t stride, int64_t depth, int64_t stride_k, F *packed) {
+  constexpr int W = WIDTH<F>;
+  for (int64_t first = 0; first < count; first += W) {
+    const int lanes = int(std::min<int64_t>(W, count - first));
+    const G *base = from + first * stride;
+    int64_t k = 0;
+    if (lanes == W && stride == 1) {
+      for (; k < depth; k++, packed += W)
+        store(packed, widened<F>(base + k * stride_k));
+    } else if (lanes == W && stride_k == 1) {
+      for (; k + W <= depth; k += W, packed += W * W) {
+        Lanes<F> lines[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) lines[i] = widened<F>(base + i * stride + k);
+        transpose<F>(lines);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) store(packed + i * W, lines[i]);
+      }
+    }
+    for (; k < depth; k++, packed += W)
+      for (int i = 0; i < W; i++) packed[i] = i < lanes ? F(base[i * stride + k * stride_k]) : F(0);
+  }
+}
+
+struct Slack {
+  double relative, least;
+  template <typename F>
+  F norm(F square) const {
+    return std::sqrt(square) * F(relative) + F(least);
+  }
+};
+
+// Of every packed vector, at least its norm.
+template <typename F>
+void norms(const F *packed, int64_t panels, int64_t depth, const Slack &slack, F *out) {
+  constexpr int W = WIDTH<F>;
+  for (int64_t panel = 0; panel < panels; panel++, out += W) {
+    Lanes<F> squares[4] = {};
+    for (int64_t k = 0; k < depth; k++, packed += W) squares[k % 4] += load(packed) * load(packed);
+    const Lanes<F> sum = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+    for (int i = 0; i < W; i++) out[i] = slack.norm<F>(sum[i]);
+  }
+}
+
+// The same of vectors across the panels: one for every k.
+template <typename F>
+void norms_across(const F *packed, int64_t panels, int64_t depth, const Slack &slack, F *out) {
+  constexpr int W = WIDTH<F>;
+  for (int64_t k = 0; k < depth; k++) {
+    Lanes<F> squares{};
+    for (int64_t panel = 0; panel < panels; panel++) {
+      const Lanes<F> values = load(packed + (panel * depth + k) * W);
+      squares += values * values;
+    }
+    F sum = 0;
+    for (int i = 0; i < W; i++) sum += squares[i];
+    out[k] = slack.norm(sum);
+  }
+}
+
+// ------------------------------------------------------------------ products
+
+// HIGH by N * WIDTH sums of `depth` products, added to `out` or written there.
+template <typename F, int N>
+void product(const F *left, const F *right, int64_t next, int64_t depth, bool add, F *out) {
+  constexpr int W = WIDTH<F>, M = HIGH<F>;
+  Lanes<F> sums[M][N] = {};
+  for (int64_t k = 0; k < depth; k++) {
+    Lanes<F> r[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) r[n] = load(right + n * next + k * W);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      const Lanes<F> l = left[k * W + m] - Lanes<F>{};
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) sums[m][n] += l * r[n];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) {
+      F *to = out + (m * PANELS + n) * W;
+      store(to, add ? load(to) + sums[m][n] : sums[m][n]);
+    }
+}
+
+// The same for as many panels as there are.
+template <typename F>
+void product(int64_t n, const F *left, const F *right, int64_t next, int64_t depth, bool add, F *out) {
+  static_assert(PANELS == 3);
+  if (n == 3) product<F, 3>(left, right, next, depth, add, out);
+  if (n == 2) product<F, 2>(left, right, next, depth, add, out);
+  if (n == 1) product<F, 1>(left, right, next, depth, add, out);
+}
+
+// Lines of a product that are formed for panels [first, first + n): out[line][PANELS * WIDTH], SPAN terms at a time.
+// `skip(line)`: leading panels that a line does not need.
+template <typename F, typename Skip>
+void strip(const F *left, const F *right, int64_t lines, int64_t depth, int64_t first, int64_t n, Skip skip, F *out) {
+  constexpr int W = WIDTH<F>;
+  for (int64_t start = 0; start < depth; start += SPAN) {
+    const int64_t span = std::min(SPAN, depth - start);
+    for (int64_t line = 0; line < lines; line += HIGH<F>) {
+      const int64_t from = skip(line);
+      const F *l = left + ((line / W) * depth + start) * W + line % W;
+      const F *r = right + ((first + from) * depth + start) * W;
+      product(n - from, l, r, depth * W, span, start > 0, out + line * PANELS * W + from * W);
+    }
+  }
+}
+
+int64_t panels_of(int64_t count, int64_t width) { return (count + width - 1) / width; }
+
+// Parts that the work for one sample is cut into, so that all threads have some.
+int64_t parts_of(int64_t samples, int64_t strips, int threads) {
+  if (samples % threads == 0 || samples >= 4 * threads) return 1;
+  return std::max<int64_t>(1, std::min(strips, panels_of(4 * threads, samples)));
+}
+
+struct Sizes {
+  int64_t samples, length, p, d;
+  Strides rows, cols;
+  Slack row_norm, col_norm;
+};
+
+// ------------------------------------------------------------------ flash ghost norm
+
+template <typename F, typename G>
+void paired(const G *rows, const G *cols, const Sizes &z, int threads, double *out) {
+  constexpr int W = WIDTH<F>;
+  const int64_t panels = panels_of(z.length, W), strips = panels_of(panels, PANELS);
+  const int64_t parts = parts_of(z.samples, strips, threads), tasks = z.samples * parts;
+  std::unique_ptr<double[]> partial(new double[tasks * 4]());
+  F diagonal[W][W];  // what a pair counts: twice above the diagonal
+  for (int t = 0; t < W; t++)
+    for (int s = 0; s < W; s++) diagonal[t][s] = s > t ? 2 : s == t ? 1 : 0;
+#pragma omp parallel num_threads(threads)
+  {
+    const Buffer<F> R(panels * W * z.p), C(panels * W * z.d), r(panels * W), c(panels * W);
+    const Buffer<F> row_gram(panels * W * PANELS * W), col_gram(panels * W * PANELS * W);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < tasks; task++) {
+      const int64_t sample = task / parts, part = task % parts;
+      pack<F>(rows + sample * z.rows.sample, z.length, z.rows.position, z.p, z.rows.element, R.get());
+      pack<F>(cols + sample * z.cols.sample, z.length, z.cols.position, z.d, z.cols.element, C.get());
+      norms(R.get(), panels, z.p, z.row_norm, r.get());
+      norms(C.get(), panels, z.d, z.col_norm, c.get());
+      Sums<F> together, by_cols, by_rows;
+      for (int64_t strip_at = part; strip_at < strips; strip_at += parts) {
+        const int64_t first = strip_at * PANELS, n = std::min<int64_t>(PANELS, panels - first);
+        const int64_t lines = std::min((first + n) * W, panels_of(z.length, HIGH<F>) * HIGH<F>);
+        const auto skip = [first](int64_t line) { return std::max<int64_t>(0, line / W - first); };
+        strip(R.get(), R.get(), lines, z.p, first, n, skip, row_gram.get());
+        strip(C.get(), C.get(), lines, z.d, first, n, skip, col_gram.get());
+        for (int64_t t = 0; t < std::min(lines, z.length); t++) {
+          Lanes<F> pairs{}, row_sums{}, col_sums{};
+          for (int64_t panel = skip(t); panel < n; panel++) {
+            const int64_t at = (t * PANELS + panel) * W, s = (first + panel) * W;
+            const Lanes<F> times = t >= s ? load(diagonal[t % W]) : Lanes<F>{} + F(2);
+            const Lanes<F> K = load(row_gram.get() + at) * times, A = load(col_gram.get() + at);
+            pairs += K * A;
+            col_sums += absolute<F>(K) * load(c.get() + s);
+            row_sums += absolute<F>(A) * times * load(r.get() + s);
+          }
+          together.add(pairs, 1);
+          by_cols.add(col_sums, c.get()[t]);
+          by_rows.add(row_sums, r.get()[t]);
+        }
+      }
+      double *sums = partial.get() + task * 4;
+      sums[0] = together.total(), sums[1] = by_cols.total(), sums[2] = by_rows.total();
+      if (part == 0)
+        for (int64_t t = 0; t < z.length; t++) {
+          // A little for products that underflow, more than those of a line could lose.
+          sums[1] += 1e-30 * c.get()[t], sums[2] += 1e-30 * r.get()[t];
+          sums[3] += double(r.get()[t]) * c.get()[t];
+        }
+    }
+  }
+  for (int64_t task = 0; task < tasks; task++)
+    for (int64_t i = 0; i < 4; i++) out[i * z.samples + task / parts] += partial[task * 4 + i];
+}
+
+// ------------------------------------------------------------------ explicit norm
+
+template <typename F, typename G>
+void squared(const G *rows, const G *cols, const Sizes &z, int threads, double *out) {
+  constexpr int W = WIDTH<F>;
+  const int64_t high = panels_of(z.p, W), panels = panels_of(z.d, W), strips = panels_of(panels, PANELS);
+  const int64_t parts = parts_of(z.samples, strips, threads), tasks = z.samples * parts;
+  std::unique_ptr<double[]> partial(new double[tasks * 2]());
+#pragma omp parallel num_threads(threads)
+  {
+    const Buffer<F> R(high * W * z.length), C(panels * W * z.length), block(high * W * PANELS * W);
+    const Buffer<F> r(z.length), c(z.length);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < tasks; task++) {
+      const int64_t sample = task / parts, part = task % parts;
+      pack<F>(rows + sample * z.rows.sample, z.p, z.rows.element, z.length, z.rows.position, R.get());
+      pack<F>(cols + sample * z.cols.sample, z.d, z.cols.element, z.length, z.cols.position, C.get());
+      Sums<F> squares;
+      for (int64_t strip_at = part; strip_at < strips; strip_at += parts) {
+        const int64_t first = strip_at * PANELS, n = std::min<int64_t>(PANELS, panels - first);
+        const auto skip = [](int64_t) { return 0; };
+        strip(R.get(), C.get(), high * W, z.length, first, n, skip, block.get());
+        for (int64_t line = 0; line < z.p; line++) {
+          Lanes<F> sum{};
+          for (int64_t panel = 0; panel < n; panel++) {
+            const Lanes<F> value = load(block.get() + (line * PANELS + panel) * W);
+            sum += value * value;
+          }
+          squares.add(sum, 1);
+        }
+      }
+      partial[task * 2] = squares.total();
+      if (part == 0) {
+        norms_across(R.get(), high, z.length, z.row_norm, r.get());
+        norms_across(C.get(), panels, z.length, z.col_norm, c.get());
+        for (int64_t t = 0; t < z.length; t++) partial[task * 2 + 1] += double(r.get()[t]) * c.get()[t];
+      }
+    }
+  }
+  for (int64_t task = 0; task < tasks; task++)
+    for (int64_t i = 0; i < 2; i++) out[i * z.samples + task / parts] += partial[task * 2 + i];
+}
+
+Sizes sizes_of(const int64_t *q, const double *slack) {
+  return {q[0], q[1], q[2], q[3], {q[4], q[5], q[6]}, {q[7], q[8], q[9]}, {slack[0], slack[1]}, {slack[2], slack[3]}};
+}
+
+}  // namespace
+
+// NAME_FACTOR_TOTAL: what factors are of, and what products are added up in.
+#define KERNEL(name, factor, G, total, F)                                                                      \
+  extern "C" void name##_##factor##_##total(const void *rows, const void *cols, const int64_t *sizes,          \
+                                            const double *slack, int threads, double *out) {                   \
+    name<F>(static_cast<const G *>(rows), static_cast<const G *>(cols), sizes_of(sizes, slack), threads, out); \
+  }
+#define KERNELS(name)                               \
+  KERNEL(name, float32, float, float32, float)      \
+  KERNEL(name, float32, float, float64, double)     \
+  KERNEL(name, float64, double, float64, double)    \
+  KERNEL(name, bfloat16, bfloat16, float32, float)  \
+  KERNEL(name, bfloat16, bfloat16, float64, double)
+KERNELS(paired)
+KERNELS(squared)
