@@ -49,8 +49,10 @@ from dpcompile.shapes import hint, is_one
 
 BLOCK = 1024
 """Products that one matrix product adds up at most; longer ones are cut, and their parts added."""
-SHORT, LONG = 64, 2048
+SHORT, LONG = 64, 512
 """Terms of a float32 sum before float64 takes over, in sums of more than LONG terms."""
+SMALL = 2048
+"""Elements of a sample's gradient up to which it is put beside others, so that one sum serves them all."""
 SECOND_ORDER = 1.001
 """Covers products of bounds, each below 1e-4, and the rounding of the bounds themselves."""
 FEW = 3
@@ -111,8 +113,8 @@ def kept_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
 
     Small ones, of which a model has many, are put side by side first: fewer and longer sums.
     """
-    small = [flat(grad) for grad in grads if hint(flat(grad).shape[1]) <= LONG]
-    large = [flat(grad) for grad in grads if hint(flat(grad).shape[1]) > LONG]
+    small = [flat(grad) for grad in grads if hint(flat(grad).shape[1]) <= SMALL]
+    large = [flat(grad) for grad in grads if hint(flat(grad).shape[1]) > SMALL]
     if len(small) > FEW:
         small = [joined(small, 1)]
     square = added([sq_norm(values) for values in (*small, *large)])

@@ -56,8 +56,8 @@ def terms(count: int, dtype: torch.dtype, device: torch.device) -> int:
 
     float32 and float64: one for each product, a span of them at a time, and one for each span. Products of bfloat16 and
     float16 are exact. A CPU adds them up as others; tensor cores do so in float32, but cut off where float32 would
-    round, twice the unit roundoff, and once more for each step of at least four products (Fasi, Higham, Mikaitis, Pranesh
-    2021, Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7:e330, doi 10.7717/peerj-cs.330).
+    round, twice the unit roundoff, and once more for each step of at least four products (Fasi, Higham, Mikaitis and
+    Pranesh 2021, Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7:e330, doi 10.7717/peerj-cs.330).
     """
     span = native.SPAN if _native(device) else SPAN
     spans = -(-count // span)
@@ -110,7 +110,7 @@ def paired(rows_NTp: torch.Tensor, cols_NTd: torch.Tensor, wide: bool) -> torch.
     samples, length, p = rows_NTp.shape
     d, total = cols_NTd.shape[2], sum_type(rows_NTp.dtype, wide=wide)
     if _native(rows_NTp.device):
-        return native.run("paired", rows_NTp, cols_NTd, total, 4)
+        return native.norms("paired", rows_NTp, cols_NTd, total, 4)
     row_norms_NT, col_norms_NT = row_norms(rows_NTp), row_norms(cols_NTd)
     sides = -(-length // _side(total))
     tiles = sides * (sides + 1) // 2
@@ -134,7 +134,7 @@ def squared(rows_NTp: torch.Tensor, cols_NTd: torch.Tensor, wide: bool) -> torch
     samples, length, p = rows_NTp.shape
     d, total = cols_NTd.shape[2], sum_type(rows_NTp.dtype, wide=wide)
     if _native(rows_NTp.device):
-        return native.run("squared", rows_NTp, cols_NTd, total, 2)
+        return native.norms("squared", rows_NTp, cols_NTd, total, 2)
     across = -(-d // _side(total))
     tiles = -(-p // _side(total)) * across
     partial = rows_NTp.new_empty((samples, tiles), dtype=torch.float64)

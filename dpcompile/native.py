@@ -1,4 +1,4 @@
-"""The kernels of tiles.cpp: compiled by g++ for this machine when they are first asked for, and kept in the cache."""
+"""Kernels for a CPU: compiled by g++ for this machine when they are first asked for, and kept in the cache."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,12 +19,13 @@ import torch
 from dpcompile.device import cache_directory
 from dpcompile.rounding import norm_slack
 
-SOURCE = Path(__file__).with_name("tiles.cpp")
+HERE = Path(__file__).parent
+SOURCES, HEADER = ("tiles.cpp", "recurrent.cpp"), "blocks.h"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 SPAN = 128
-"""Products that are added up one after the other; the sums of longer ones are added in turn. As in tiles.cpp."""
+"""Products that are added up one after the other; the sums of longer ones are added in turn. As tiles.cpp has it."""
 PANELS = 3
-"""Registers beside one another whose lanes are added up before float64 takes over. As in tiles.cpp."""
+"""Registers beside one another whose lanes are added up before float64 takes over. As tiles.cpp has it."""
 LANES = 64
 """Roundings that adding up lanes and parts of the work takes at most, in float64."""
 
@@ -35,17 +37,18 @@ def library() -> ctypes.CDLL | None:
     """None where there is no g++ (CXX names another one), or where it fails: the log says why."""
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     if compiler is None:
-        _log.info("no g++: norms are taken without the kernels of tiles.cpp")
+        _log.info("no g++: norms and recurrent layers are computed without kernels of our own")
         return None
-    key = "\n".join((SOURCE.read_text(), compiler, *FLAGS, _machine()))
-    name = f"tiles-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
+    texts = [(HERE / name).read_text() for name in (*SOURCES, HEADER)]
+    key = "\n".join((*texts, compiler, *FLAGS, _machine()))
+    name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     path = cache_directory() / name
     try:
         if not path.exists():
             _compile(compiler, path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as error:
-        _log.info("tiles.cpp: %s\n%s", error, getattr(error, "stderr", ""))
+        _log.info("kernels: %s\n%s", error, getattr(error, "stderr", ""))
         return None
 
 
@@ -54,7 +57,7 @@ def _compile(compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         made = Path(directory) / path.name
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+        command = [compiler, *FLAGS, *(str(HERE / name) for name in SOURCES), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         os.replace(made, path)
 
@@ -68,7 +71,7 @@ def _machine() -> str:
         return platform.machine() + platform.processor()
 
 
-def run(name: str, rows_NTp: torch.Tensor, cols_NTd: torch.Tensor, total: torch.dtype, sums: int) -> torch.Tensor:
+def norms(name: str, rows_NTp: torch.Tensor, cols_NTd: torch.Tensor, total: torch.dtype, sums: int) -> torch.Tensor:
     """[sums, N] float64 of a kernel, whose products are added up in type `total`."""
     found = library()
     assert found is not None
@@ -89,6 +92,24 @@ def run(name: str, rows_NTp: torch.Tensor, cols_NTd: torch.Tensor, total: torch.
             ctypes.c_void_p(out.data_ptr()),
         )
     return out
+
+
+def recurrence(name: str, width: int, tensors: Sequence[torch.Tensor | None], *, relu: bool = False) -> None:
+    """Go through the steps of recurrent.cpp. Tensors are [B, T, features], the first tells B and T, or matrices."""
+    found = library()
+    assert found is not None
+    first = next(tensor for tensor in tensors if tensor is not None and tensor.dim() == 3)
+    numbers = [*first.shape[:2], width]
+    for tensor in tensors:
+        if tensor is None:
+            numbers += [0, 0, 0]
+        else:
+            assert tensor.dtype is first.dtype
+            assert tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+            numbers += [tensor.data_ptr(), tensor.stride(0), tensor.stride(1) if tensor.dim() == 3 else 0]
+    if first.numel():
+        kernel = getattr(found, f"{name}_{_short(first.dtype)}")
+        kernel((ctypes.c_int64 * len(numbers))(*numbers), int(relu), torch.get_num_threads())
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -12,6 +12,9 @@ The ops hold W_hh itself constant. Their bias is b_hh, or b_hh for each sample a
 H is the width of a state, p that of all gates together. What a backward reads of the activations is computed for all
 steps at once, into the tensor that its result is in; the loop multiplies it by what flows back. Samples come first in
 memory, as they do in all that reads the results; a step is a slice with its features side by side.
+
+On a CPU the loop is that of recurrent.cpp, where there is g++ and every thread has some samples: each goes through all
+steps of its own, without waiting for others.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import register_flop_formula
 
+from dpcompile import native
 from dpcompile.shapes import hint
 
 Carried = Callable[[int, Tensor, Tensor], Any]
@@ -30,6 +34,21 @@ Carried = Callable[[int, Tensor, Tensor], Any]
 
 def _with_bias(gates_BTp: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     return out.copy_(gates_BTp) if bias is None else torch.add(gates_BTp, bias, out=out)
+
+
+BLOCK = 8
+"""Samples that a thread goes through the steps with, at most twice as many."""
+
+
+def _native(tensor_BT: Tensor) -> bool:
+    if tensor_BT.device.type != "cpu" or tensor_BT.dtype not in (torch.float32, torch.float64):
+        return False
+    return 2 * -(-hint(tensor_BT.shape[0]) // BLOCK) >= torch.get_num_threads() and native.library() is not None
+
+
+def _beside(tensor: Tensor) -> Tensor:
+    """The same with its features side by side."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _part(tensor: Tensor, width: int, first: int, last: int) -> Tensor:
@@ -82,10 +101,14 @@ def _lstm(gates: Tensor, bias: Tensor | None, weight: Tensor, h0: Tensor, c0: Te
     width = weight.shape[1]
     acts = gates.new_empty(gates.shape)
     h_BTH, c_BTH = (gates.new_empty([*gates.shape[:2], width]) for _ in range(2))
-    weight_Hp = torch.cat([_part(weight.t(), width, *gate) for gate in ((0, 2), (3, 4), (2, 3))], 1)
     for to, gate in (((0, 2), (0, 2)), ((2, 3), (3, 4)), ((3, 4), (2, 3))):
         own_bias = None if bias is None else _part(bias, width, *gate)
         _with_bias(_part(gates, width, *gate), own_bias, _part(acts, width, *to))
+    weight_Hp = torch.cat([_part(weight.t(), width, *gate) for gate in ((0, 2), (3, 4), (2, 3))], 1)
+    if _native(gates):
+        weight_pH = weight_Hp.t().contiguous()
+        native.recurrence("lstm", width, [weight_pH, h0.contiguous(), c0.contiguous(), acts, h_BTH, c_BTH])
+        return h_BTH, c_BTH, acts
     enter, forget, leave, new = (_part(acts, width, i, i + 1).unbind(1) for i in range(4))
     gated = _part(acts, width, 0, 3).unbind(1)
     h, c = h0, c0
@@ -121,12 +144,17 @@ def _lstm_backward(
     torch.mul(g, g, out=of_g).neg_().add_(1).mul_(i)
     narrowed = c.tanh()
     _slope(o, of_o).mul_(narrowed)
-    to_c = narrowed.square_().neg_().add_(1).mul_(o).unbind(1)
-    del narrowed
+    to_c_BTH = narrowed.square_().neg_().add_(1).mul_(o)
+    flow_h = torch.empty_like(c0, memory_format=torch.contiguous_format)
+    if _native(grad):
+        flow_c = torch.zeros_like(flow_h)
+        given = [_beside(grad_h), None if grad_c is None else _beside(grad_c), to_c_BTH, f]
+        native.recurrence("lstm_backward", width, [weight.contiguous(), *given, grad, flow_h, flow_c])
+        return grad, flow_h, flow_c
+    to_c = to_c_BTH.unbind(1)
     carried, forget, leave = _carrier(grad, weight), f.unbind(1), of_o.unbind(1)
     others = _part(grad, width, 0, 3).unflatten(2, (3, width)).unbind(1)
     grads_h, grads_c = grad_h.unbind(1), None if grad_c is None else grad_c.unbind(1)
-    flow_h = torch.empty_like(c0, memory_format=torch.contiguous_format)
     flow_B1H = torch.zeros_like(flow_h).unsqueeze(1)
     flow_c, last = flow_B1H.select(1, 0), len(to_c) - 1
     for t in range(last, -1, -1):
@@ -163,11 +191,16 @@ def _gru(gates: Tensor, bias: Tensor | None, weight: Tensor, h0: Tensor) -> tupl
     both, hidden = _part(acts, width, 0, 2), _part(acts, width, 2, 3)
     _with_bias(_part(gates, width, 0, 2), None if bias is None else _part(bias, width, 0, 2), both)
     hidden.zero_() if bias is None else hidden.copy_(_part(bias, width, 2, 3))
+    entered_BTH = _part(gates, width, 2, 3)
+    if _native(gates):
+        tensors = [weight.contiguous(), h0.contiguous(), _beside(entered_BTH), acts, h_BTH]
+        native.recurrence("gru", width, tensors)
+        return h_BTH, acts
     weight_Hp = weight.t().contiguous()
     steps, both = _part(acts, width, 0, 3).unbind(1), both.unbind(1)
     reset, update, hidden, new = (_part(acts, width, i, i + 1).unbind(1) for i in range(4))
     h = h0
-    for t, (entered, h_next) in enumerate(zip(_part(gates, width, 2, 3).unbind(1), h_BTH.unbind(1), strict=True)):
+    for t, (entered, h_next) in enumerate(zip(entered_BTH.unbind(1), h_BTH.unbind(1), strict=True)):
         steps[t].addmm_(h, weight_Hp)
         both[t].sigmoid_()
         torch.addcmul(entered, reset[t], hidden[t], out=new[t]).tanh_()
@@ -197,9 +230,23 @@ def _gru_backward(grad_h: Tensor, h0: Tensor, h: Tensor, acts: Tensor, weight: T
     of_z[:, :1].mul_(h0.unsqueeze(1) - n[:, :1])
     of_z[:, 1:].mul_(h[:, :-1] - n[:, 1:])
     flow_BTH = torch.empty_like(h)
+    grad_h0 = torch.empty_like(h0, memory_format=torch.contiguous_format)
+    if _native(h):
+        tensors = [weight.contiguous(), _beside(grad_h), z, grad_hidden, flow_BTH, grad_h0]
+        native.recurrence("gru_backward", width, tensors)
+    else:
+        _gru_steps_back(grad_h, z, grad_hidden, weight, flow_BTH, grad_h0)
+    _part(grad_gates, width, 0, 2).copy_(_part(grad_hidden, width, 0, 2))
+    of_n.mul_(flow_BTH)
+    return grad_gates, grad_hidden, grad_h0
+
+
+def _gru_steps_back(
+    grad_h: Tensor, z: Tensor, grad_hidden: Tensor, weight: Tensor, flow_BTH: Tensor, grad_h0: Tensor
+) -> None:
     carried, update, grads_h = _carrier(grad_hidden, weight), z.unbind(1), grad_h.unbind(1)
     flow, flow_1 = flow_BTH.unbind(1), flow_BTH.unsqueeze(2).unbind(1)
-    steps, last = grad_hidden.unflatten(2, (3, width)).unbind(1), len(update) - 1
+    steps, last = grad_hidden.unflatten(2, (3, weight.shape[1])).unbind(1), len(update) - 1
     for t in range(last, -1, -1):
         if t < last:
             carried(t + 1, grads_h[t], flow[t])
@@ -207,11 +254,7 @@ def _gru_backward(grad_h: Tensor, h0: Tensor, h: Tensor, acts: Tensor, weight: T
         else:
             flow[t].copy_(grads_h[t])
         steps[t].mul_(flow_1[t])
-    _part(grad_gates, width, 0, 2).copy_(_part(grad_hidden, width, 0, 2))
-    of_n.mul_(flow_BTH)
-    grad_h0 = torch.empty_like(h0, memory_format=torch.contiguous_format)
     carried(0, flow[0] * update[0], grad_h0)
-    return grad_gates, grad_hidden, grad_h0
 
 
 @_gru_backward.register_fake
@@ -227,6 +270,9 @@ def _(grad_h: Tensor, h0: Tensor, h: Tensor, acts: Tensor, weight: Tensor) -> tu
 def _rnn(gates: Tensor, bias: Tensor | None, weight: Tensor, h0: Tensor, relu: bool) -> Tensor:
     """h after every step, [B, T, H]."""
     h_BTH = _with_bias(gates, bias, gates.new_empty(gates.shape))
+    if _native(gates):
+        native.recurrence("rnn", weight.shape[1], [weight.contiguous(), h0.contiguous(), h_BTH], relu=relu)
+        return h_BTH
     weight_Hp = weight.t().contiguous()
     h = h0
     for h_next in h_BTH.unbind(1):
@@ -248,8 +294,12 @@ def _rnn_backward(grad_h: Tensor, h: Tensor, weight: Tensor, relu: bool) -> tupl
         torch.gt(h, 0, out=grad)
     else:
         torch.mul(h, h, out=grad).neg_().add_(1)
+    flow = h.new_empty(h.shape[0], h.shape[2])
+    if _native(h):
+        native.recurrence("rnn_backward", weight.shape[1], [weight.contiguous(), _beside(grad_h), grad, flow])
+        return grad, flow
     carried, steps, grads_h = _carrier(grad, weight), grad.unbind(1), grad_h.unbind(1)
-    flow, last = h.new_empty(h.shape[0], h.shape[2]), len(steps) - 1
+    last = len(steps) - 1
     for t in range(last, -1, -1):
         if t < last:
             carried(t + 1, grads_h[t], flow)
@@ -372,22 +422,33 @@ CALLS: dict[Any, int] = {LSTM: 7, GRU: 5, RNN: 2, LSTM_BACKWARD: 9, GRU_BACKWARD
 
 
 def steps_of(node: fx.Node) -> int:
-    """How many steps the op goes through, for the sample; 1 for an op without steps."""
-    return hint(_shape(node, 0)[1]) if node.target in CALLS else 1
+    """How many steps the op goes through one call after the other, for the sample; 1 for an op without steps."""
+    return hint(_shape(node, 0)[1]) if _looped(node) else 1
 
 
 def calls_of(node: fx.Node) -> int:
     """How many ops the op consists of."""
-    return steps_of(node) * CALLS.get(node.target, 1)
+    return steps_of(node) * CALLS[node.target] if _looped(node) else 1
+
+
+def _looped(node: fx.Node) -> bool:
+    """Whether its steps are ops of torch."""
+    return node.target in CALLS and not _native(_tensor(node, 0))
 
 
 def sides_of_step(node: fx.Node) -> tuple[Any, ...]:
-    """Of the product with the weight that each step has: samples, and the weight's own."""
+    """Of the product with the weight that each step has: samples, and the weight's own. None in a loop of our own."""
+    if not _looped(node):
+        return ()
     weight = next(i for i, argument in enumerate(node.target._schema.arguments) if argument.name == "weight")  # type: ignore[union-attr]
     return (_shape(node, 0)[0], *_shape(node, weight))
 
 
 def _shape(node: fx.Node, at: int) -> tuple[Any, ...]:
+    return tuple(_tensor(node, at).shape)
+
+
+def _tensor(node: fx.Node, at: int) -> Tensor:
     argument = node.args[at]
     assert isinstance(argument, fx.Node)
-    return tuple(argument.meta["val"].shape)
+    return argument.meta["val"]

@@ -29,7 +29,12 @@ BATCH_SIZES = (3, 1, 4, 0)
 CHUNKED = "chunked"  # ghost norms whose products and sums are cut into the smallest parts
 AGAIN = "again"  # ghost norms, and a backward that is computed a second time for the clipped sums
 METHODS = ("auto", "ghost", "explicit")
-FORCED = (*METHODS, "forced-explicit", CHUNKED)  # and explicit gradients that are dropped after the norm
+FORCED = (
+    *METHODS,
+    "forced-explicit",
+    "forced-flash",
+    CHUNKED,
+)  # and explicit gradients that are dropped, and a kernel's
 EVERY = ("ghost", "forced-explicit", "forced-kept")  # what grids of shapes go through
 EVERY_FORM = (*EVERY, CHUNKED)  # of uses that have Gram matrices
 
@@ -113,23 +118,25 @@ def compile_all(
 @contextmanager
 def _in_chunks(analysis: Analysis) -> Iterator[Analysis]:
     """What is emitted here cuts every sum of more than two terms; nothing of it is shared with other plans."""
-    with mock.patch.multiple(certified, BLOCK=2, SHORT=2, LONG=2):
+    with mock.patch.multiple(certified, BLOCK=2, SHORT=2, LONG=2, SMALL=2):
         yield replace(analysis, memo={})
 
 
 def _plans(analysis: Analysis) -> dict[str, Plan]:
-    """Plans by policy, and with each explicit method forced on every group that has it."""
+    """Plans by policy, and with each method forced on every group that has it, as "ghost" does with Gram matrices."""
     auto = analysis.plan("auto")
-    plans = {"auto": auto}
-    for policy in ("ghost", "explicit"):
-        plans[policy] = choose_norms(
+    by_policy = {
+        policy: choose_norms(
             analysis.program, analysis.uses, auto.costs, auto.device, policy=policy, batch_size=auto.batch_size
         )
-    for method in (m for m in Method if m is not Method.GHOST):
-        plan = plans["explicit"]
-        able = {group.name for group in plan.costs.groups if method in group.methods}
+        for policy in ("ghost", "explicit")
+    }
+    plans = {"auto": auto, "explicit": by_policy["explicit"]}
+    for method in Method:
+        plan = by_policy["ghost" if method is Method.GHOST else "explicit"]
+        able = {group.name for group in plan.costs.groups if method in group.choices}
         choices = {name: Choice(method, "forced") if name in able else old for name, old in plan.choices.items()}
-        plans[f"forced-{method.value}"] = replace(plan, choices=choices)
+        plans["ghost" if method is Method.GHOST else f"forced-{method.value}"] = replace(plan, choices=choices)
     return plans | {CHUNKED: plans["ghost"], AGAIN: all_again(analysis, plans["ghost"])}
 
 

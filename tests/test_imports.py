@@ -11,7 +11,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PASSES = ROOT / "passes"
 BASE = {"errors", "device", "ir", "shapes", "forms", "finite", "certified", "plan", "origin", "cells"}
-BASE |= {"flops", "joined", "kernels", "layouts", "patches", "recurrent", "stored", "tiles", "torch_internals"}
+BASE |= {
+    "flops",
+    "joined",
+    "kernels",
+    "layouts",
+    "native",
+    "patches",
+    "recurrent",
+    "rounding",
+    "stored",
+    "tiles",
+    "torch_internals",
+}
 
 
 def sources() -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""Norms by Triton kernels: in Triton's interpreter, which a process chooses for good, and where there are none."""
+"""Kernels in Triton's interpreter, which a process chooses for good, for other devices, and where there are none."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from dpcompile import dpcompile, kernels
+from dpcompile import dpcompile, kernels, native
 from dpcompile.errors import DPCompileError
 from dpcompile.plan import Method
 
-CASES = Path(__file__).with_name("interpreted_kernels.py")
+CASES = Path(__file__).with_name("test_tiles.py")
 CPU = torch.device("cpu")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="triton is made for Linux")
 def test_kernels_in_the_interpreter() -> None:
-    """Every test of interpreted_kernels.py. Without triton they fail: it is one of the packages for development."""
+    """Every test of test_tiles.py. Without triton they fail: it is one of the packages for development."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", str(CASES), "-p", "no:cacheprovider", "-p", "no:xdist", "-m", ""]
     root = CASES.parent.parent
@@ -63,19 +64,46 @@ def test_they_compile_for_devices_that_are_not_there(
         assert "tf32" not in made.asm["ptx"]
 
 
-@pytest.fixture
-def compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine whose kernels are not interpreted."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-
-
-@pytest.mark.usefixtures("compiled_kernels")
-def test_no_plan_for_a_cpu_has_them() -> None:
-    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Linear(6, 5))
+def methods_of(model: nn.Module) -> set[Method]:
     plan = dpcompile(model, torch.randn(3, 2, 8), norm_method="ghost", validate="off").plan
-    methods = {method for group in plan.costs.groups for part in group.parts for method in part.options}
-    assert not methods & {Method.FLASH, Method.TILED}
+    return {method for group in plan.costs.groups for part in group.parts for method in part.options}
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("PATH", "")
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_plans_for_a_cpu_have_none(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Linear(6, 5))
+    assert not methods_of(model) & {Method.FLASH, Method.TILED}
     assert not kernels.available(CPU)
+    assert "no g++" in caplog.text
+
+
+def test_a_compiler_that_fails_is_as_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("DPCOMPILE_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    native.library.cache_clear()
+    assert not kernels.available(CPU)
+    assert "returned non-zero" in caplog.text
+    assert not list(tmp_path.iterdir())
+    native.library.cache_clear()
+
+
+def test_plans_for_a_cpu_have_them() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Linear(6, 5))
+    assert {Method.FLASH, Method.TILED} <= methods_of(model)
 
 
 def test_there_are_none_without_triton_or_for_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,10 +114,10 @@ def test_there_are_none_without_triton_or_for_other_devices(monkeypatch: pytest.
     assert not kernels.available(torch.device("cuda"))
 
 
-@pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.usefixtures("no_compiler")
 def test_a_plan_for_another_machine_is_refused_with_a_cure() -> None:
     x = torch.randn(2, 3, 4)
-    with pytest.raises(DPCompileError, match="Triton kernels, and these do not run on cpu"):
-        kernels.PAIRED(x, x, x[..., 0], x[..., 0], False)
+    with pytest.raises(DPCompileError, match=r"kernels that need g\+\+ on cpu"):
+        kernels.PAIRED(x, x, False)
     with pytest.raises(DPCompileError, match="compile the model again on this machine"):
         kernels.SQUARED(x, x, False)

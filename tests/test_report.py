@@ -68,30 +68,30 @@ class TestGolden(TestCase):
             """\
 policy auto, batch size 16, device laptop (100Gflop/s, 10.0GB/s)
 
-parameter                     op           T   d   p   plain   ghost  explicit    kept  flops    held  flip T  choice  reason
-----------------------------  ----------  --  --  --  ------  ------  --------  ------  -----  ------  ------  ------  ----------
-+tokens.weight                embedding    6   8  50   467ns  2.40us    11.6us  13.7us  9.22k  3.07kB      20  ghost   least time
-|head: tokens.weight          linear       6   8  50  3.16us  8.05us    17.0us  8.28us   144k  19.2kB       6  ghost   least time
-+tokens x head                cross       36   8  50      0s  1.86us        0s      0s  9.22k      0B       -  ghost   least time
- blocks.{0-2}.norm.weight x3  layer_norm   6   1   8   307ns       -         -   515ns    256    512B       -  kept    small
- blocks.{0-2}.norm.bias x3    layer_norm   6   1   8   307ns       -         -   515ns    256    512B       -  kept    small
- blocks.{0-2}.wide.weight x3  linear       6   8  32  2.13us  6.12us    11.3us  10.4us  95.2k  12.3kB      10  ghost   least time
- blocks.{0-2}.wide.bias x3    linear       6   1  32  1.23us       -         -  2.06us  1.02k  2.05kB       -  kept    small
- blocks.{0-2}.back.weight x3  linear       6  32   8  2.13us  6.12us    11.3us  10.4us  95.2k  3.07kB      10  ghost   least time
+parameter                    op          T  d  p  plain  ghost explicit   kept  flash  tiled flops   held flip T choice reason
+---------------------------- ---------- -- -- -- ------ ------ -------- ------ ------ ------ ----- ------ ------ ------ ------------
++tokens.weight               embedding   6  8 50  467ns 2.40us   11.6us 13.7us      -      - 9.22k 3.07kB     20 ghost  least time
+|head: tokens.weight         linear      6  8 50 3.16us 8.05us   17.0us 8.28us      -      -  144k 19.2kB      6 ghost  least time
++tokens x head               cross      36  8 50     0s 1.86us       0s     0s      -      - 9.22k     0B      - ghost  least time
+ blocks.{0-2}.norm.weight x3 layer_norm  6  1  8  307ns      -        -  515ns      -      -   256   512B      - kept   small
+ blocks.{0-2}.norm.bias x3   layer_norm  6  1  8  307ns      -        -  515ns      -      -   256   512B      - kept   small
+ blocks.{0-2}.wide.weight x3 linear      6  8 32 2.13us 6.12us   11.3us 10.4us 6.09us 6.31us 76.0k 12.3kB     10 flash  least memory
+ blocks.{0-2}.wide.bias x3   linear      6  1 32 1.23us      -        - 2.06us      -      - 1.02k 2.05kB      - kept   small
+ blocks.{0-2}.back.weight x3 linear      6 32  8 2.13us 6.12us   11.3us 10.4us 6.09us 6.31us 76.0k 3.07kB     10 flash  least memory
 
 Times (by the device model), flops of the choice, bytes held from the norm until the clip factors are known: for
 the whole batch, and of one layer where a row stands for several (x12). Rows from + to + are uses of one weight.
 
 one step                         plain  private  ratio
 ------------------------------  ------  -------  -----
-flops, forward and backward      1.12M    1.48M   1.33
-time of parameter gradients     21.9us   58.3us   2.66
+flops, forward and backward      1.12M    1.37M   1.23
+time of parameter gradients     21.9us   58.1us   2.65
 layer inputs booked             49.9kB   49.9kB   1.00
 held until the clip factors         0B   77.6kB
 alive during one norm, at most      0B   6.91kB
 peak memory of a step            105kB    156kB   1.48
 
-choices: 7 ghost, 9 kept
+choices: 1 ghost, 9 kept, 6 flash
 flip: paper ghost iff 2*T**2 < d*p, that is T < sqrt(2)*sqrt(d)*sqrt(p)/2; auto ghost as fast as kept at T = flip T
 unused: spare (no output depends on them: no gradient)""",
         )
@@ -104,12 +104,14 @@ unused: spare (no output depends on them: no gradient)""",
 B samples, T positions, d input features, p output features, G groups; bytes for the sizes of this dtype
 
 outer: 1 of 2 uses, for example 0.weight (linear)
-method    flops                             bytes moved                                                  held       transient
---------  --------------------------------  -----------------------------------------------------------  ---------  -----------
-plain     2*B*G*T*d*p                       4*B*G*T*(d + p) + 4*G*d*p                                    0          0
-ghost     2*B*G*T**2*(d + p) + 2*B*G*T*d*p  24*B*G*T**2 + 8*B*G*T*(d + p) + 8*B*G*T*Min(d, p) + 4*G*d*p  4*B*G*T*p  12*B*G*T**2
-explicit  4*B*G*T*d*p                       8*B*G*T*(d + p) + 8*B*G*T*Min(d, p) + 16*B*G*d*p + 4*G*d*p   4*B*G*T*p  4*B*G*d*p
-kept      2*B*G*T*d*p + 2*B*G*d*p           4*B*G*T*(d + p) + 20*B*G*d*p + 4*G*d*p                       4*B*G*d*p  4*B*G*d*p
+method    flops                                bytes moved                                                  held       transient
+--------  -----------------------------------  -----------------------------------------------------------  ---------  -----------
+plain     2*B*G*T*d*p                          4*B*G*T*(d + p) + 4*G*d*p                                    0          0
+ghost     2*B*G*T**2*(d + p) + 2*B*G*T*d*p     24*B*G*T**2 + 8*B*G*T*(d + p) + 8*B*G*T*Min(d, p) + 4*G*d*p  4*B*G*T*p  12*B*G*T**2
+explicit  4*B*G*T*d*p                          8*B*G*T*(d + p) + 8*B*G*T*Min(d, p) + 16*B*G*d*p + 4*G*d*p   4*B*G*T*p  4*B*G*d*p
+kept      2*B*G*T*d*p + 2*B*G*d*p              4*B*G*T*(d + p) + 20*B*G*d*p + 4*G*d*p                       4*B*G*d*p  4*B*G*d*p
+flash     2*B*G*T*d*p + B*G*T*(T + 1)*(d + p)  12*B*G*T*(d + p) + 8*B*G*T*Min(d, p) + 4*G*d*p               4*B*G*T*p  8*B*G*T
+tiled     4*B*G*T*d*p                          12*B*G*T*(d + p) + 8*B*G*T*Min(d, p) + 4*G*d*p               4*B*G*T*p  8*B*G*T
 
   ghost and kept take the same time at
   T = (-F*(d + p + 2*Min(d, p)) + sqrt(F**2*d**2 + 122*F**2*d*p + 4*F**2*d*Min(d, p) + F**2*p**2 + 4*F**2*p*Min(d, p) + 4*F**2*Min(d, p)**2 + 10*F*W*d**2*p + 10*F*W*d*p**2 + 12*F*W*d*p + W**2*d**2*p + W**2*d*p**2))/(12*F + W*d + W*p)
