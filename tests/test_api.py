@@ -466,6 +466,7 @@ def test_models_that_return_caches_return_them() -> None:
     assert dp_model.per_sample_norms.shape == (len(case.sample_input),)
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_returns_its_caches() -> None:
     case = CASES["t5"]()
     sample = {**case.sample_input, "use_cache": True}

@@ -70,6 +70,7 @@ def test_report_shows_every_use_and_the_totals() -> None:
     assert max(map(len, result.output.splitlines())) <= 140
 
 
+@pytest.mark.slow
 def test_report_takes_batch_policy_device_and_json(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     options = ["--batch", "3", "--policy", "paper", "--device", "cuda", "--json", str(file), "--symbolic"]
@@ -93,6 +94,7 @@ def test_report_shows_for_which_lengths_choices_stay(tmp_path: Path) -> None:
     assert least <= 5 <= (greatest or 5)
 
 
+@pytest.mark.slow
 def test_report_counts_the_products_of_attention(tmp_path: Path) -> None:
     backbone = []
     for seq in (4, 8):

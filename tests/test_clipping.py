@@ -151,6 +151,7 @@ def test_per_layer_clipping_keeps_no_more_than_plain_training() -> None:
     assert flat >= 1.3 * plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [pytest.param("flat", marks=pytest.mark.slow), "per-layer"])
 def test_tied_weights_of_a_real_model_are_clipped_in_one_group(groups: str) -> None:
     gpt2 = CASES["gpt2"]()
@@ -230,7 +231,7 @@ def views_case(views: int) -> Case:
 @pytest.mark.parametrize(
     ("reduction", "fused"),
     [
-        ("mean", False),
+        pytest.param("mean", False, marks=pytest.mark.slow),
         ("sum", True),
         pytest.param("mean", True, marks=pytest.mark.slow),
         pytest.param("sum", False, marks=pytest.mark.slow),
@@ -261,6 +262,7 @@ def test_views_of_a_sample_are_clipped_as_one(reduction: str, fused: bool, views
     assert_same_gradients(gradients(net.model), wanted, RTOL)
 
 
+@pytest.mark.slow
 def test_views_of_a_transformer_are_clipped_as_one() -> None:
     vit = CASES["vit"]()
     x, y = vit.batch(6)
@@ -284,6 +286,7 @@ def test_views_cost_the_forward_and_backward_of_their_rows() -> None:
     assert plan.flops().subs(B, 16) <= 1.05 * plan.plain_flops().subs(B, 16)
 
 
+@pytest.mark.slow
 def test_a_user_with_few_records_is_clipped_as_one_of_many() -> None:
     """User-level units: three users with one, three and two records, padded to K = 3 rows and masked in the loss."""
     net, views = case(), 3

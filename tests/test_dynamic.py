@@ -203,6 +203,7 @@ def test_inductor_at_any_length_and_for_an_empty_batch() -> None:
             assert len(dp_model.per_sample_norms) == batch_size
 
 
+@pytest.mark.slow
 def test_copies_and_stored_modules_take_any_length() -> None:
     case, bound, dp_model = compiled_gpt2()
     stored = io.BytesIO()
@@ -215,7 +216,11 @@ def test_copies_and_stored_modules_take_any_length() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [pytest.param({"clip_groups": "per-layer"}, marks=pytest.mark.slow), {"views": 3}, {"loss_reduction": "sum"}],
+    [
+        pytest.param({"clip_groups": "per-layer"}, marks=pytest.mark.slow),
+        {"views": 3},
+        pytest.param({"loss_reduction": "sum"}, marks=pytest.mark.slow),
+    ],
 )
 def test_other_options(options: dict[str, Any]) -> None:
     """The norms of a module that was compiled at this length alone."""
@@ -323,6 +328,7 @@ def time_first(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x.transpose(0, 1)).transpose(0, 1)
 
 
+QUICK_PARTS = ("folds", "convolutions", "gru")
 PARTS: dict[str, Callable[[], Uses]] = {
     "weight_norm": lambda: Uses(nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)), lambda m, x: m(x).tanh()),
     "bilinear": lambda: Uses(nn.Bilinear(4, 4, 3), lambda m, x: m(x, x)),
@@ -341,7 +347,9 @@ PARTS: dict[str, Callable[[], Uses]] = {
 
 
 @pytest.mark.parametrize("norm_method", ["ghost", pytest.param("explicit", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK_PARTS else pytest.mark.slow) for name in PARTS]
+)
 def test_parts_of_models_at_other_lengths(name: str, norm_method: str) -> None:
     torch.manual_seed(0)
     model = PARTS[name]().double()

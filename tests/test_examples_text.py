@@ -77,7 +77,8 @@ def test_a_tuning_of_a_small_model_is_refused() -> None:
         example("example_text").main(["--model", "lstm", "--tune", "lora"])
 
 
-@pytest.mark.parametrize("form", [pytest.param([], marks=pytest.mark.slow), ["--fused"]], ids=["split", "fused"])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [[], ["--fused"]], ids=["split", "fused"])
 def test_gpt2_prints_its_loss_before_and_after_and_what_it_spent(
     form: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

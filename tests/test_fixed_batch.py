@@ -43,7 +43,7 @@ def step(dp_model: DPModule, size: int, *, fused: bool, **weights: Tensor) -> tu
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("wrapped", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_equals_the_graph_of_any_batch_size(fused: bool, wrapped: bool) -> None:
     model = network()
     x, y = batch(SIZE)
@@ -55,7 +55,8 @@ def test_equals_the_graph_of_any_batch_size(fused: bool, wrapped: bool) -> None:
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", ["roberta", pytest.param("lstm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["roberta", "lstm"])
 def test_real_models_agree_with_one_sample_at_a_time(name: str) -> None:
     case = CASES[name]()
     bound = splitting_norm(case, SAMPLE_BATCH)

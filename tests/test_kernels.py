@@ -22,10 +22,12 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="triton is made for Linux")
-def test_kernels_in_the_interpreter() -> None:
-    """Every test of test_tiles.py. Without triton they fail: it is one of the packages for development."""
+@pytest.mark.parametrize("chosen", ["sums or square or told", pytest.param("", marks=pytest.mark.slow)])
+def test_kernels_in_the_interpreter(chosen: str) -> None:
+    """Tests of test_tiles.py, of the ops alone or all. Without triton, which development needs, they fail."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", str(CASES), "-p", "no:cacheprovider", "-p", "no:xdist", "-m", ""]
+    command += ["-k", chosen]
     root = CASES.parent.parent
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -89,7 +89,7 @@ def test_parameter_under_two_names() -> None:
 # ------------------------------------------------------------ recurrent cells
 
 
-@pytest.mark.parametrize("kind", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
+@pytest.mark.parametrize("kind", [pytest.param(nn.RNNCell, marks=pytest.mark.slow), nn.GRUCell, nn.LSTMCell])
 def test_cell_called_in_a_loop(kind: type[nn.RNNCellBase]) -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         zeros = x.new_zeros(x.shape[0], 3)
@@ -104,7 +104,10 @@ def test_cell_called_in_a_loop(kind: type[nn.RNNCellBase]) -> None:
 # ------------------------------------------------------------ attention
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": False, "add_bias_kv": True}, {"kdim": 3, "vdim": 2}], ids=str)
+SLOW_OPTIONS = [pytest.param(options, marks=pytest.mark.slow) for options in ({}, {"kdim": 3, "vdim": 2})]
+
+
+@pytest.mark.parametrize("options", [{"bias": False, "add_bias_kv": True}, *SLOW_OPTIONS], ids=str)
 def test_multihead_attention(options: dict[str, Any]) -> None:
     class Attend(nn.Module):
         def __init__(self) -> None:
@@ -118,6 +121,7 @@ def test_multihead_attention(options: dict[str, Any]) -> None:
     check_module(Attend(), tuple(torch.randn(3, T, size) for size in sizes), methods=FEW)
 
 
+@pytest.mark.slow
 def test_multihead_attention_of_a_sequence_with_weights() -> None:
     """Self attention with the sequence first: one packed projection."""
     module = Apply(lambda m, x: m.f(x, x, x)[0], modules={"f": nn.MultiheadAttention(D, 2)})

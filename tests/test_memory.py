@@ -221,6 +221,7 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
         largest_batches(analysis, 1e4, CPU)
 
 
+@pytest.mark.slow
 def test_maxbatch_counts_what_it_predicts(tmp_path: Path) -> None:
     file = tmp_path / "net.py"
     file.write_text(
@@ -270,6 +271,7 @@ def test_tuned_plans_take_the_fastest_and_are_measured_once(tmp_path: Path, monk
     assert len(asked) == 2 * count
 
 
+@pytest.mark.slow
 def test_measured_times_are_of_real_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DPCOMPILE_CACHE", str(tmp_path))
     model, sample = images()

@@ -38,7 +38,8 @@ def one_by_one(model: nn.Module, x: Tensor) -> list[list[Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("method", "compiled"), [("ghost", False), ("explicit", False), ("auto", False), ("ghost", True)]
+    ("method", "compiled"),
+    [pytest.param("ghost", False, marks=pytest.mark.slow), ("explicit", False), ("auto", False), ("ghost", True)],
 )
 def test_under_autocast_it_is_the_model_under_autocast(method: str, compiled: bool) -> None:
     model = net()

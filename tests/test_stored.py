@@ -56,7 +56,7 @@ def gradients(dp_model: DPModule, x: Tensor, fused: bool, backend: str | None = 
     return [p.grad for p in dp_model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_module_that_was_stored_trains_as_before(name: str, fused: bool) -> None:
     torch.manual_seed(0)

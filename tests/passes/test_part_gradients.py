@@ -25,7 +25,9 @@ class Added(nn.Module):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor"))]
+)
 @pytest.mark.filterwarnings("ignore:.torch._prims_common.check:FutureWarning")
 def test_two_backwards_add_up(backend: str | None, fused: bool) -> None:
     torch.manual_seed(0)

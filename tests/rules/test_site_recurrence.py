@@ -51,7 +51,7 @@ def test_layer(kind: str, steps: int, d: int, width: int, options: dict[str, Any
     assert set(found.rules.values()) == {"contraction", "recurrence"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lstm", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_every_method(kind: str) -> None:
     found = check_module(outputs(kind), torch.randn(B, T, D), methods=FORCED)
     assert {rule for name, rule in found.rules.items() if name.startswith(("lstm", "gru", "rnn"))} == {"recurrence"}
@@ -59,7 +59,8 @@ def test_every_method(kind: str) -> None:
     assert sum(op in recurrent.OPS for op in ops) == 1
 
 
-@pytest.mark.parametrize("kind", ["lstm", pytest.param("gru", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
 def test_the_sequence_first(kind: str) -> None:
     own = layer(kind, D, H, num_layers=2, bidirectional=True)
     own.batch_first = False
@@ -90,7 +91,8 @@ def test_first_states_that_are_inputs() -> None:
     check_module(Decoder(), {"x": torch.randn(B, T, D), "y": torch.randn(B, 2, D)}, methods=FEW)
 
 
-@pytest.mark.parametrize("kind", ["gru", pytest.param("lstm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_one_layer_called_twice(kind: str) -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         return m.f(m.f(x)[0].flip(1))[0]
@@ -99,6 +101,7 @@ def test_one_layer_called_twice(kind: str) -> None:
     assert found.emitted["ghost"].plan.method("f.weight_hh_l0").value == "ghost"
 
 
+@pytest.mark.slow
 def test_one_weight_of_two_layers() -> None:
     first, second = layer("lstm", D, 3), layer("lstm", 3, 3)
     second.weight_hh_l0 = first.weight_hh_l0
@@ -130,6 +133,7 @@ def test_a_batch_folded_with_windows() -> None:
     check_module(module, torch.randn(B, 2, T, D), loss=folded_loss(2), methods=FORCED)
 
 
+@pytest.mark.slow
 def test_a_layer_without_samples() -> None:
     """A prompt that is computed from parameters by a recurrent layer, as in p-tuning."""
 
