@@ -29,6 +29,9 @@ PANELS = 3
 LANES = 64
 """Roundings that adding up lanes and parts of the work takes at most, in float64."""
 
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+"""Of a recurrent layer, each as wide as its state."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -94,21 +97,41 @@ def norms(name: str, rows_NTp: torch.Tensor, cols_NTd: torch.Tensor, total: torc
     return out
 
 
-def recurrence(name: str, width: int, tensors: Sequence[torch.Tensor | None], *, relu: bool = False) -> None:
-    """Go through the steps of recurrent.cpp. Tensors are [B, T, features], the first tells B and T, or matrices."""
+def recurrence(
+    name: str,
+    weight_pH: torch.Tensor,
+    states_BH: Sequence[torch.Tensor],
+    steps: Sequence[torch.Tensor | None],
+    last_BH: Sequence[torch.Tensor] = (),
+    *,
+    relu: bool = False,
+) -> None:
+    """Go through the steps of recurrent.cpp, with its tensors in their order; those called steps are [B, T, features].
+
+    Raises:
+        RuntimeError: shapes do not fit.
+    """
     found = library()
     assert found is not None
-    first = next(tensor for tensor in tensors if tensor is not None and tensor.dim() == 3)
-    numbers = [*first.shape[:2], width]
-    for tensor in tensors:
+    batch, length, width = *next(x for x in steps if x is not None).shape[:2], weight_pH.shape[1]
+    numbers = [batch, length, width]
+    gates = GATES[name.removesuffix("_backward")] * width
+    widest = max(x.shape[-1] for x in steps if x is not None)
+    if weight_pH.shape[0] != gates or widest < gates:
+        raise RuntimeError(f"{name}: a weight {tuple(weight_pH.shape)} does not make {widest} gates")
+    for tensor in (weight_pH, *states_BH, *steps, *last_BH):
         if tensor is None:
             numbers += [0, 0, 0]
-        else:
-            assert tensor.dtype is first.dtype
-            assert tensor.stride(-1) == 1 or tensor.shape[-1] == 1
-            numbers += [tensor.data_ptr(), tensor.stride(0), tensor.stride(1) if tensor.dim() == 3 else 0]
-    if first.numel():
-        kernel = getattr(found, f"{name}_{_short(first.dtype)}")
+            continue
+        matrix = tensor is weight_pH or tensor.dim() == 2
+        fits = tensor.shape[-1] % max(width, 1) == 0 and (tensor is weight_pH or tensor.shape[0] == batch)
+        if not fits or not (matrix or tensor.shape[1] == length) or tensor.dtype is not weight_pH.dtype:
+            shapes = [tuple(x.shape) for x in (weight_pH, *states_BH, *steps, *last_BH) if x is not None]
+            raise RuntimeError(f"{name}: shapes {shapes} do not fit, or types differ")
+        assert tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+        numbers += [tensor.data_ptr(), tensor.stride(0), 0 if matrix else tensor.stride(1)]
+    if batch and width:
+        kernel = getattr(found, f"{name}_{_short(weight_pH.dtype)}")
         kernel((ctypes.c_int64 * len(numbers))(*numbers), int(relu), torch.get_num_threads())
 
 

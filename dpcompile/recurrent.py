@@ -107,7 +107,7 @@ def _lstm(gates: Tensor, bias: Tensor | None, weight: Tensor, h0: Tensor, c0: Te
     weight_Hp = torch.cat([_part(weight.t(), width, *gate) for gate in ((0, 2), (3, 4), (2, 3))], 1)
     if _native(gates):
         weight_pH = weight_Hp.t().contiguous()
-        native.recurrence("lstm", width, [weight_pH, h0.contiguous(), c0.contiguous(), acts, h_BTH, c_BTH])
+        native.recurrence("lstm", weight_pH, [h0.contiguous(), c0.contiguous()], [acts, h_BTH, c_BTH])
         return h_BTH, c_BTH, acts
     enter, forget, leave, new = (_part(acts, width, i, i + 1).unbind(1) for i in range(4))
     gated = _part(acts, width, 0, 3).unbind(1)
@@ -149,7 +149,7 @@ def _lstm_backward(
     if _native(grad):
         flow_c = torch.zeros_like(flow_h)
         given = [_beside(grad_h), None if grad_c is None else _beside(grad_c), to_c_BTH, f]
-        native.recurrence("lstm_backward", width, [weight.contiguous(), *given, grad, flow_h, flow_c])
+        native.recurrence("lstm_backward", weight.contiguous(), [], [*given, grad], [flow_h, flow_c])
         return grad, flow_h, flow_c
     to_c = to_c_BTH.unbind(1)
     carried, forget, leave = _carrier(grad, weight), f.unbind(1), of_o.unbind(1)
@@ -193,8 +193,7 @@ def _gru(gates: Tensor, bias: Tensor | None, weight: Tensor, h0: Tensor) -> tupl
     hidden.zero_() if bias is None else hidden.copy_(_part(bias, width, 2, 3))
     entered_BTH = _part(gates, width, 2, 3)
     if _native(gates):
-        tensors = [weight.contiguous(), h0.contiguous(), _beside(entered_BTH), acts, h_BTH]
-        native.recurrence("gru", width, tensors)
+        native.recurrence("gru", weight.contiguous(), [h0.contiguous()], [_beside(entered_BTH), acts, h_BTH])
         return h_BTH, acts
     weight_Hp = weight.t().contiguous()
     steps, both = _part(acts, width, 0, 3).unbind(1), both.unbind(1)
@@ -232,8 +231,8 @@ def _gru_backward(grad_h: Tensor, h0: Tensor, h: Tensor, acts: Tensor, weight: T
     flow_BTH = torch.empty_like(h)
     grad_h0 = torch.empty_like(h0, memory_format=torch.contiguous_format)
     if _native(h):
-        tensors = [weight.contiguous(), _beside(grad_h), z, grad_hidden, flow_BTH, grad_h0]
-        native.recurrence("gru_backward", width, tensors)
+        steps = [_beside(grad_h), z, grad_hidden, flow_BTH]
+        native.recurrence("gru_backward", weight.contiguous(), [], steps, [grad_h0])
     else:
         _gru_steps_back(grad_h, z, grad_hidden, weight, flow_BTH, grad_h0)
     _part(grad_gates, width, 0, 2).copy_(_part(grad_hidden, width, 0, 2))
@@ -271,7 +270,7 @@ def _rnn(gates: Tensor, bias: Tensor | None, weight: Tensor, h0: Tensor, relu: b
     """h after every step, [B, T, H]."""
     h_BTH = _with_bias(gates, bias, gates.new_empty(gates.shape))
     if _native(gates):
-        native.recurrence("rnn", weight.shape[1], [weight.contiguous(), h0.contiguous(), h_BTH], relu=relu)
+        native.recurrence("rnn", weight.contiguous(), [h0.contiguous()], [h_BTH], relu=relu)
         return h_BTH
     weight_Hp = weight.t().contiguous()
     h = h0
@@ -296,7 +295,7 @@ def _rnn_backward(grad_h: Tensor, h: Tensor, weight: Tensor, relu: bool) -> tupl
         torch.mul(h, h, out=grad).neg_().add_(1)
     flow = h.new_empty(h.shape[0], h.shape[2])
     if _native(h):
-        native.recurrence("rnn_backward", weight.shape[1], [weight.contiguous(), _beside(grad_h), grad, flow])
+        native.recurrence("rnn_backward", weight.contiguous(), [], [_beside(grad_h), grad], [flow])
         return grad, flow
     carried, steps, grads_h = _carrier(grad, weight), grad.unbind(1), grad_h.unbind(1)
     last = len(steps) - 1
