@@ -106,14 +106,16 @@ def recurrence(
     *,
     relu: bool = False,
 ) -> None:
-    """Go through the steps of recurrent.cpp, with its tensors in their order; those called steps are [B, T, features].
+    """Go through the steps of recurrent.cpp, with its tensors in their order.
+
+    Those called steps are [B, T, features], or [features] where they are the same for all.
 
     Raises:
         RuntimeError: shapes do not fit.
     """
     found = library()
     assert found is not None
-    batch, length, width = *next(x for x in steps if x is not None).shape[:2], weight_pH.shape[1]
+    batch, length, width = *next(x for x in steps if x is not None and x.dim() == 3).shape[:2], weight_pH.shape[1]
     numbers = [batch, length, width]
     gates = GATES[name.removesuffix("_backward")] * width
     widest = max(x.shape[-1] for x in steps if x is not None)
@@ -123,13 +125,14 @@ def recurrence(
         if tensor is None:
             numbers += [0, 0, 0]
             continue
-        matrix = tensor is weight_pH or tensor.dim() == 2
-        fits = tensor.shape[-1] % max(width, 1) == 0 and (tensor is weight_pH or tensor.shape[0] == batch)
-        if not fits or not (matrix or tensor.shape[1] == length) or tensor.dtype is not weight_pH.dtype:
+        own = [] if tensor is weight_pH else list(tensor.shape[:-1])
+        fits = own == [batch, length][: len(own)] and tensor.shape[-1] in (width, gates, 4 * width)
+        if not fits or tensor.dtype is not weight_pH.dtype:
             shapes = [tuple(x.shape) for x in (weight_pH, *states_BH, *steps, *last_BH) if x is not None]
             raise RuntimeError(f"{name}: shapes {shapes} do not fit, or types differ")
         assert tensor.stride(-1) == 1 or tensor.shape[-1] == 1
-        numbers += [tensor.data_ptr(), tensor.stride(0), 0 if matrix else tensor.stride(1)]
+        sample, step, *_ = (*tensor.stride()[:-1], 0, 0)
+        numbers += [tensor.data_ptr(), sample, step]
     if batch and width:
         kernel = getattr(found, f"{name}_{_short(weight_pH.dtype)}")
         kernel((ctypes.c_int64 * len(numbers))(*numbers), int(relu), torch.get_num_threads())

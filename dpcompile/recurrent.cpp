@@ -63,6 +63,7 @@ Lanes<F> hyperbolic(Lanes<F> x) {
 struct Place {
   int64_t sample, step, feature;
   int count;
+  Place before() const { return {sample, step - 1, feature, count}; }
 };
 
 // [B, T, features], with features side by side.
@@ -187,18 +188,19 @@ void backward(const Sizes &z, const F *weight, int64_t gates, int threads, Cell 
 
 // ------------------------------------------------------------------ cells
 
-// acts: i, f, o, g, which begin as what the inputs and biases make of them.
+// gates: i, f, g, o; acts: i, f, o, g. There may be no bias.
 template <typename F>
-void lstm(const Sizes &z, const F *weight, const F *h0, const F *c0, Steps<F> acts, Steps<F> h, Steps<F> c, int threads) {
+void lstm(const Sizes &z, const F *weight, const F *h0, const F *c0, Steps<F> gates, Steps<F> bias, Steps<F> acts,
+          Steps<F> h, Steps<F> c, int threads) {
   const int64_t H = z.width;
   const Steps<F> start{const_cast<F *>(c0), H, 0};
   forward(z, weight, 4 * H, h0, threads, [=](Product<F> &sums, int64_t line, Place here) {
-    const auto gate = [&](int64_t n) { return acts.get(here, n * H) + sums.get(line, here, n * H); };
-    const Lanes<F> i = sigmoid<F>(gate(0)), f = sigmoid<F>(gate(1)), o = sigmoid<F>(gate(2));
-    const Lanes<F> g = hyperbolic<F>(gate(3));
-    Place before = here;
-    before.step--;
-    const Lanes<F> cell = f * (here.step ? c.get(before) : start.get(here)) + i * g;
+    const auto gate = [&](int64_t n) {
+      const Lanes<F> entered = gates.get(here, n * H) + sums.get(line, here, n * H);
+      return bias.data ? entered + bias.get(here, n * H) : entered;
+    };
+    const Lanes<F> i = sigmoid<F>(gate(0)), f = sigmoid<F>(gate(1)), g = hyperbolic<F>(gate(2)), o = sigmoid<F>(gate(3));
+    const Lanes<F> cell = f * (here.step ? c.get(here.before()) : start.get(here)) + i * g;
     const Lanes<F> state = o * hyperbolic<F>(cell);
     acts.put(here, i), acts.put(here, f, H), acts.put(here, o, 2 * H), acts.put(here, g, 3 * H);
     c.put(here, cell), h.put(here, state);
@@ -206,20 +208,22 @@ void lstm(const Sizes &z, const F *weight, const F *h0, const F *c0, Steps<F> ac
   });
 }
 
-// grad: of i, f, g, o, which begin as what they are multiplied by. flow_c ends as the gradient of c0.
+// grad: of i, f, g, o. flow_c ends as the gradient of c0. There may be no gradient of c.
 template <typename F>
-void lstm_backward(const Sizes &z, const F *weight, Steps<F> grad_h, Steps<F> grad_c, Steps<F> to_c, Steps<F> forget,
-                   Steps<F> grad, Steps<F> flow_h, Steps<F> flow_c, int threads) {
+void lstm_backward(const Sizes &z, const F *weight, const F *c0, Steps<F> grad_h, Steps<F> grad_c, Steps<F> c,
+                   Steps<F> acts, Steps<F> grad, Steps<F> flow_h, Steps<F> flow_c, int threads) {
   const int64_t H = z.width;
+  const Steps<F> start{const_cast<F *>(c0), H, 0};
   const auto cell = [=](Product<F> &sums, int64_t line, Place here, Lanes<F> carried) {
+    const Lanes<F> i = acts.get(here), f = acts.get(here, H), o = acts.get(here, 2 * H), g = acts.get(here, 3 * H);
+    const Lanes<F> before = here.step ? c.get(here.before()) : start.get(here), narrowed = hyperbolic<F>(c.get(here));
     const Lanes<F> to_h = grad_h.get(here) + carried;
-    Lanes<F> flow = flow_c.get(here) + to_h * to_c.get(here);
+    Lanes<F> flow = flow_c.get(here) + to_h * o * (1 - narrowed * narrowed);
     if (grad_c.data) flow += grad_c.get(here);
-    for (int64_t n = 0; n < 4; n++) {
-      const Lanes<F> values = grad.get(here, n * H) * (n < 3 ? flow : to_h);
-      grad.put(here, values, n * H), sums.keep(line, here, values, n * H);
-    }
-    flow_c.put(here, flow * forget.get(here));
+    const Lanes<F> of[] = {flow * g * (i - i * i), flow * before * (f - f * f), flow * i * (1 - g * g),
+                           to_h * narrowed * (o - o * o)};
+    for (int64_t n = 0; n < 4; n++) grad.put(here, of[n], n * H), sums.keep(line, here, of[n], n * H);
+    flow_c.put(here, flow * f);
   };
   backward(z, weight, 4 * H, threads, cell, [=](Place here, Lanes<F> carried) { flow_h.put(here, carried); });
 }
@@ -234,9 +238,8 @@ void gru(const Sizes &z, const F *weight, const F *h0, Steps<F> entered, Steps<F
     const auto gate = [&](int64_t n) { return acts.get(here, n * H) + sums.get(line, here, n * H); };
     const Lanes<F> reset = sigmoid<F>(gate(0)), update = sigmoid<F>(gate(1)), hidden = gate(2);
     const Lanes<F> fresh = hyperbolic<F>(entered.get(here) + reset * hidden);
-    Place before = here;
-    before.step--;
-    const Lanes<F> state = fresh + update * ((here.step ? h.get(before) : start.get(here)) - fresh);
+    const Lanes<F> past = here.step ? h.get(here.before()) : start.get(here);
+    const Lanes<F> state = fresh + update * (past - fresh);
     acts.put(here, reset), acts.put(here, update, H), acts.put(here, hidden, 2 * H), acts.put(here, fresh, 3 * H);
     h.put(here, state);
     return state;
@@ -307,12 +310,13 @@ struct Call {
 #define CELLS(type, F)                                                                                             \
   extern "C" void lstm_##type(const int64_t *numbers, int, int threads) {                                          \
     const Call<F> a{numbers};                                                                                      \
-    lstm<F>(a.sizes(), a.data(0), a.data(1), a.data(2), a.steps(3), a.steps(4), a.steps(5), threads);              \
+    lstm<F>(a.sizes(), a.data(0), a.data(1), a.data(2), a.steps(3), a.steps(4), a.steps(5), a.steps(6), a.steps(7), \
+            threads);                                                                                              \
   }                                                                                                                \
   extern "C" void lstm_backward_##type(const int64_t *numbers, int, int threads) {                                 \
     const Call<F> a{numbers};                                                                                      \
-    lstm_backward<F>(a.sizes(), a.data(0), a.steps(1), a.steps(2), a.steps(3), a.steps(4), a.steps(5), a.steps(6), \
-                     a.steps(7), threads);                                                                         \
+    lstm_backward<F>(a.sizes(), a.data(0), a.data(1), a.steps(2), a.steps(3), a.steps(4), a.steps(5), a.steps(6),  \
+                     a.steps(7), a.steps(8), threads);                                                             \
   }                                                                                                                \
   extern "C" void gru_##type(const int64_t *numbers, int, int threads) {                                           \
     const Call<F> a{numbers};                                                                                      \

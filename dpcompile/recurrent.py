@@ -101,14 +101,15 @@ def _lstm(gates: Tensor, bias: Tensor | None, weight: Tensor, h0: Tensor, c0: Te
     width = weight.shape[1]
     acts = gates.new_empty(gates.shape)
     h_BTH, c_BTH = (gates.new_empty([*gates.shape[:2], width]) for _ in range(2))
+    if _native(gates):
+        own_bias = None if bias is None else _beside(bias)
+        steps = [_beside(gates), own_bias, acts, h_BTH, c_BTH]
+        native.recurrence("lstm", weight.contiguous(), [h0.contiguous(), c0.contiguous()], steps)
+        return h_BTH, c_BTH, acts
     for to, gate in (((0, 2), (0, 2)), ((2, 3), (3, 4)), ((3, 4), (2, 3))):
         own_bias = None if bias is None else _part(bias, width, *gate)
         _with_bias(_part(gates, width, *gate), own_bias, _part(acts, width, *to))
     weight_Hp = torch.cat([_part(weight.t(), width, *gate) for gate in ((0, 2), (3, 4), (2, 3))], 1)
-    if _native(gates):
-        weight_pH = weight_Hp.t().contiguous()
-        native.recurrence("lstm", weight_pH, [h0.contiguous(), c0.contiguous()], [acts, h_BTH, c_BTH])
-        return h_BTH, c_BTH, acts
     enter, forget, leave, new = (_part(acts, width, i, i + 1).unbind(1) for i in range(4))
     gated = _part(acts, width, 0, 3).unbind(1)
     h, c = h0, c0
@@ -135,6 +136,12 @@ def _lstm_backward(
     """Gradients of gates, h0 and c0."""
     width = weight.shape[1]
     grad = acts.new_empty(acts.shape)
+    flow_h = torch.empty_like(c0, memory_format=torch.contiguous_format)
+    if _native(grad):
+        flow_c = torch.zeros_like(flow_h)
+        steps = [_beside(grad_h), None if grad_c is None else _beside(grad_c), c, acts, grad]
+        native.recurrence("lstm_backward", weight.contiguous(), [c0.contiguous()], steps, [flow_h, flow_c])
+        return grad, flow_h, flow_c
     i, f, o, g = acts.chunk(4, -1)
     of_i, of_f, of_g, of_o = grad.chunk(4, -1)
     _slope(i, of_i).mul_(g)
@@ -144,14 +151,8 @@ def _lstm_backward(
     torch.mul(g, g, out=of_g).neg_().add_(1).mul_(i)
     narrowed = c.tanh()
     _slope(o, of_o).mul_(narrowed)
-    to_c_BTH = narrowed.square_().neg_().add_(1).mul_(o)
-    flow_h = torch.empty_like(c0, memory_format=torch.contiguous_format)
-    if _native(grad):
-        flow_c = torch.zeros_like(flow_h)
-        given = [_beside(grad_h), None if grad_c is None else _beside(grad_c), to_c_BTH, f]
-        native.recurrence("lstm_backward", weight.contiguous(), [], [*given, grad], [flow_h, flow_c])
-        return grad, flow_h, flow_c
-    to_c = to_c_BTH.unbind(1)
+    to_c = narrowed.square_().neg_().add_(1).mul_(o).unbind(1)
+    del narrowed
     carried, forget, leave = _carrier(grad, weight), f.unbind(1), of_o.unbind(1)
     others = _part(grad, width, 0, 3).unflatten(2, (3, width)).unbind(1)
     grads_h, grads_c = grad_h.unbind(1), None if grad_c is None else grad_c.unbind(1)
