@@ -18,7 +18,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -149,26 +149,52 @@ def streamed_norm(form: Patched) -> torch.Tensor:
     return torch.stack([square, torch.zeros_like(square)])
 
 
-def _single(forms: Sequence[Form]) -> Outer | None:
+def _single(forms: Sequence[Form]) -> Outer | Patched | None:
     """The one dense use that all forms are; None where uses share no factor, which sizes alone do not tell."""
+    (first, *others) = forms
+    if not others and isinstance(first, Patched) and kernels.reads_patches(first.rows.device):
+        return first
     merged = merge(list(map(written_out, forms)))
     return merged[0] if len(merged) == 1 and isinstance(merged[0], Outer) else None
 
 
-def _tiled(form: Outer) -> torch.Tensor:
+@dataclass(frozen=True)
+class _Factors:
+    """What kernels read of a use: for every sample and group, and how many there are of each."""
+
+    shape: tuple[int, ...]  # of samples and groups
+    length: int
+    p: int
+    d: int
+    given: tuple[torch.Tensor, torch.Tensor]
+    window: tuple[list[int], ...] = ()
+
+
+def _factors(form: Outer | Patched) -> _Factors:
+    if isinstance(form, Outer):
+        rows, cols = form.rows_BGTp.flatten(0, 1), form.cols_BGTd.flatten(0, 1)
+        _, length, p = rows.shape
+        return _Factors(tuple(form.rows_BGTp.shape[:2]), length, p, cols.shape[2], (rows, cols))
+    window, positions = form.window, tuple(form.rows.shape[2:])
+    image = padded(form.image, window, positions)
+    rows, image = (x.unflatten(1, (window.groups, -1)).flatten(0, 1) for x in (form.rows, image))
+    shape, d = (form.rows.shape[0], window.groups), image.shape[1] * window.places
+    strides = (list(window.kernel), list(window.stride), list(window.dilation))
+    return _Factors(shape, math.prod(positions), rows.shape[1], d, (rows, image), strides)
+
+
+def _tiled(form: Outer | Patched) -> torch.Tensor:
     """The same by tiles of the gradient, which is rounded as its products are added up and not written down."""
-    rows, cols = form.rows_BGTp.flatten(0, 1), form.cols_BGTd.flatten(0, 1)
-    length, p, d = *rows.shape[1:], cols.shape[2]
-    wide = doubled(form)
-    dtype = kernels.sum_type(rows.dtype, wide=wide)
-    narrow, device = dtype if wide else rows.dtype, rows.device
-    made = SECOND_ORDER * gamma(kernels.terms(length, narrow, device), dtype)
-    adding = gamma(kernels.block_terms(p, d, dtype, device) + 4, dtype)
-    squares, lengths = kernels.SQUARED(rows, cols, wide).unbind()
-    square = squares * (1 + 2 * adding) + p * d * tiny(dtype)
-    shape = form.rows_BGTp.shape[:2]
-    error = (made + _sum_gamma(form)) * _over_groups(lengths.square(), shape).sqrt()
-    return torch.stack([_over_groups(square, shape), error.square()])
+    use, wide = _factors(form), doubled(form)
+    device = use.given[0].device
+    dtype = kernels.sum_type(dtype_of(form), wide=wide)
+    made = SECOND_ORDER * gamma(kernels.terms(use.length, dtype if wide else dtype_of(form), device), dtype)
+    adding = gamma(kernels.block_terms(use.p, use.d, dtype, device) + 4, dtype)
+    op: Any = kernels.SQUARED_PATCHES if use.window else kernels.SQUARED
+    squares, lengths = op(*use.given, *use.window, wide).unbind()
+    square = squares * (1 + 2 * adding) + use.p * use.d * tiny(dtype)
+    error = (made + _sum_gamma(form)) * _over_groups(lengths.square(), use.shape).sqrt()
+    return torch.stack([_over_groups(square, use.shape), error.square()])
 
 
 def ghost_norm(forms: Sequence[Outer | OneHot | Patched], *, flash: bool = False) -> torch.Tensor:
@@ -351,21 +377,21 @@ def _pairing(
     return total + SECOND_ORDER * (by_data + (by_rows + adding) * by_cols * everything)
 
 
-def _flashed(form: Outer) -> torch.Tensor:
+def _flashed(form: Outer | Patched) -> torch.Tensor:
     """[2, B]: as `_pairing` of Gram matrices that are formed and summed in tiles."""
-    rows, cols = form.rows_BGTp.flatten(0, 1), form.cols_BGTd.flatten(0, 1)
-    wide = doubled(form)
-    dtype = kernels.sum_type(rows.dtype, wide=wide)
-    narrow, device = dtype if wide else rows.dtype, rows.device
-    by_rows, by_cols = (gamma(kernels.terms(count, narrow, device), dtype) for count in (rows.shape[2], cols.shape[2]))
-    adding = gamma(kernels.pair_terms(rows.shape[1], dtype, device) + 4, dtype)
-    together, weighed_rows, weighed_cols, lengths = kernels.PAIRED(rows, cols, wide).unbind()
+    use, wide = _factors(form), doubled(form)
+    device = use.given[0].device
+    dtype = kernels.sum_type(dtype_of(form), wide=wide)
+    narrow = dtype if wide else dtype_of(form)
+    by_rows, by_cols = (gamma(kernels.terms(count, narrow, device), dtype) for count in (use.p, use.d))
+    adding = gamma(kernels.pair_terms(use.length, dtype, device) + 4, dtype)
+    op: Any = kernels.PAIRED_PATCHES if use.window else kernels.PAIRED
+    together, weighed_rows, weighed_cols, lengths = op(*use.given, *use.window, wide).unbind()
     by_data = (by_cols + adding) * weighed_rows + by_rows * weighed_cols
     off = by_data + (by_rows + adding) * by_cols * lengths.square()
-    square = together + rows.shape[1] ** 2 * tiny(dtype) + SECOND_ORDER * off
-    shape = form.rows_BGTp.shape[:2]
-    length = _over_groups(lengths.square(), shape).sqrt()
-    return torch.stack([_never_negative(_over_groups(square, shape)), (_sum_gamma(form) * length).square()])
+    square = together + use.length**2 * tiny(dtype) + SECOND_ORDER * off
+    length = _over_groups(lengths.square(), use.shape).sqrt()
+    return torch.stack([_never_negative(_over_groups(square, use.shape)), (_sum_gamma(form) * length).square()])
 
 
 # ------------------------------------------------------------------ Gram matrices and sums

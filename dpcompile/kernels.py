@@ -3,8 +3,9 @@
     paired    flash ghost norm: two T x T Gram matrices in tiles, on and above the diagonal, summed against each other
     squared   explicit norm: the p x d gradient of a sample in tiles, squared and summed
 
-Two ops that no compiler looks into. On CUDA they are Triton kernels (tiles.py), on a CPU those of tiles.cpp, where
-there is g++ (native.py). Triton's interpreter runs its own on a CPU where TRITON_INTERPRET=1 is set before triton is
+and, on a CPU, the same of convolutions, `paired_patches` and `squared_patches`, whose columns are found in the image.
+No compiler looks into these ops. On CUDA they are Triton kernels (tiles.py), on a CPU those of tiles.cpp, where there
+is g++ (native.py). Triton's interpreter runs its own on a CPU where TRITON_INTERPRET=1 is set before triton is
 imported: slow, for tests.
 """
 
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dpcompile import native
 from dpcompile.errors import DPCompileError
+from dpcompile.patches import Window, tables
 from dpcompile.rounding import row_norms
 
 SIDE, DEPTH = 64, 32
@@ -146,6 +148,47 @@ def squared(rows_NTp: torch.Tensor, cols_NTd: torch.Tensor, wide: bool) -> torch
     return torch.stack([partial.sum(1), lengths_N])
 
 
+@torch.library.custom_op("dpcompile::paired_patches", mutates_args=())
+def paired_patches(
+    rows: torch.Tensor, image: torch.Tensor, kernel: list[int], stride: list[int], dilation: list[int], wide: bool
+) -> torch.Tensor:
+    """[4, N] as `paired`, from [N, p, *positions] and padded images [N, C, *sizes]: T positions, d = C prod(kernel)."""
+    return _of_patches("paired", 4, rows, image, kernel, stride, dilation, wide)
+
+
+@torch.library.custom_op("dpcompile::squared_patches", mutates_args=())
+def squared_patches(
+    rows: torch.Tensor, image: torch.Tensor, kernel: list[int], stride: list[int], dilation: list[int], wide: bool
+) -> torch.Tensor:
+    """[2, N] as `squared`."""
+    return _of_patches("squared", 2, rows, image, kernel, stride, dilation, wide)
+
+
+def _of_patches(
+    name: str,
+    sums: int,
+    rows: torch.Tensor,
+    image: torch.Tensor,
+    kernel: list[int],
+    stride: list[int],
+    dilation: list[int],
+    wide: bool,
+) -> torch.Tensor:
+    _check(rows, image)
+    positions, sizes = tuple(rows.shape[2:]), tuple(image.shape[2:])
+    window = Window(tuple(kernel), tuple(stride), ((0, 0),) * len(kernel), tuple(dilation), 1)
+    if window.extent(positions) != sizes or rows.shape[0] != image.shape[0]:
+        raise RuntimeError(f"{name}_patches: {tuple(rows.shape)} are not the positions of {tuple(image.shape)}")
+    found = tables(image.shape[1], sizes, window.kernel, window.stride, window.dilation, positions)
+    rows_NTp = rows.flatten(2).transpose(1, 2)
+    return native.norms(name, rows_NTp, image, sum_type(rows.dtype, wide=wide), sums, found)
+
+
+def reads_patches(device: torch.device) -> bool:
+    """Whether there are kernels that find the patches of an image by themselves."""
+    return _native(device) and available(device)
+
+
 def _check(rows: torch.Tensor, cols: torch.Tensor) -> None:
     assert rows.dtype is cols.dtype
     if not available(rows.device):
@@ -173,14 +216,18 @@ def _launch(name: str, rows: torch.Tensor, cols: torch.Tensor, *arguments: Any, 
 
 PAIRED = torch.ops.dpcompile.paired.default
 SQUARED = torch.ops.dpcompile.squared.default
+PAIRED_PATCHES = torch.ops.dpcompile.paired_patches.default
+SQUARED_PATCHES = torch.ops.dpcompile.squared_patches.default
 
 
 @paired.register_fake
+@paired_patches.register_fake
 def _(rows_NTp: torch.Tensor, *_: Any) -> torch.Tensor:
     return rows_NTp.new_empty((4, rows_NTp.shape[0]), dtype=torch.float64)
 
 
 @squared.register_fake
+@squared_patches.register_fake
 def _(rows_NTp: torch.Tensor, *_: Any) -> torch.Tensor:
     return rows_NTp.new_empty((2, rows_NTp.shape[0]), dtype=torch.float64)
 
@@ -195,3 +242,15 @@ def _(rows_shape: Sequence[int], cols_shape: Sequence[int], *_: Any, **__: Any) 
 @register_flop_formula(torch.ops.dpcompile.squared)
 def _(rows_shape: Sequence[int], cols_shape: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * math.prod(rows_shape) * cols_shape[2]
+
+
+@register_flop_formula(torch.ops.dpcompile.paired_patches)
+def _(rows_shape: Sequence[int], image_shape: Sequence[int], kernel: Sequence[int], *_: Any, **__: Any) -> int:
+    samples, p, *positions = rows_shape
+    length = math.prod(positions)
+    return samples * length * (length + 1) * (p + image_shape[1] * math.prod(kernel))
+
+
+@register_flop_formula(torch.ops.dpcompile.squared_patches)
+def _(rows_shape: Sequence[int], image_shape: Sequence[int], kernel: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(rows_shape) * image_shape[1] * math.prod(kernel)

@@ -74,16 +74,33 @@ def _machine() -> str:
         return platform.machine() + platform.processor()
 
 
-def norms(name: str, rows_NTp: torch.Tensor, cols_NTd: torch.Tensor, total: torch.dtype, sums: int) -> torch.Tensor:
-    """[sums, N] float64 of a kernel, whose products are added up in type `total`."""
+Tables = tuple[torch.Tensor, torch.Tensor]
+
+
+def norms(
+    name: str,
+    rows_NTp: torch.Tensor,
+    cols_NTd: torch.Tensor,
+    total: torch.dtype,
+    sums: int,
+    tables: Tables | None = None,
+) -> torch.Tensor:
+    """[sums, N] float64 of a kernel, whose products are added up in type `total`.
+
+    `tables`: int64, by which columns are found in images [N, ...]: those of position t at positions[t] + elements[k].
+    """
     found = library()
     assert found is not None
     rows, cols = (x.float() if x.dtype is torch.float16 else x for x in (rows_NTp, cols_NTd))
     samples, length, p = rows.shape
-    d = cols.shape[2]
+    if tables is None:
+        d, layout = cols.shape[2], (*cols.stride(), 0, 0)
+    else:
+        cols, (positions, elements) = cols.contiguous(), tables
+        d, layout = len(elements), (cols[:1].numel(), 0, 0, positions.data_ptr(), elements.data_ptr())
     out = torch.zeros((sums, samples), dtype=torch.float64)
-    if rows.numel() and cols.numel():
-        sizes = (samples, length, p, d, *rows.stride(), *cols.stride())
+    if rows.numel() and d:
+        sizes = (samples, length, p, d, *rows.stride(), *layout)
         slack = (*norm_slack(p, total), *norm_slack(d, total))
         kernel = getattr(found, f"{name}_{_short(rows.dtype)}_{_short(total)}")
         kernel(

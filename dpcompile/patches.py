@@ -74,6 +74,24 @@ def patches(image: torch.Tensor, window: Window, positions: tuple[int, ...]) -> 
     return image.reshape(image.shape[0], groups, channels // groups * window.places, math.prod(positions))
 
 
+@functools.lru_cache(maxsize=1024)
+def tables(
+    channels: int,
+    sizes: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    positions: tuple[int, ...],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T] and [d] int64: what output position t reads of a padded image [C, *sizes] is at first[t] + second[k]."""
+    steps = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
+    starts, places = torch.zeros(1, dtype=torch.int64), torch.arange(channels) * math.prod(sizes)
+    for step, count, k, jump, dilated in zip(steps, positions, kernel, stride, dilation, strict=True):
+        starts = (starts.unsqueeze(1) + torch.arange(count) * jump * step).flatten()
+        places = (places.unsqueeze(1) + torch.arange(k) * dilated * step).flatten()
+    return starts, places
+
+
 def overlapped(gram: torch.Tensor, window: Window, positions: tuple[int, ...]) -> torch.Tensor:
     """[N, T, T] Gram of patches from that of the padded image's own positions, [N, U, U].
 

@@ -30,9 +30,50 @@ struct Sums {
   }
 };
 
-struct Strides {
+// Where the numbers of a factor are: at sample * i + position * t + element * k, or where tables say so for t and k.
+struct Layout {
   int64_t sample, position, element;
+  const int64_t *positions = nullptr, *elements = nullptr;
 };
+
+// Vectors of numbers that tables find: one vector in each lane.
+template <typename F, typename G>
+void gather(const G *from, int64_t count, const int64_t *vectors, int64_t depth, const int64_t *elements, F *packed) {
+  constexpr int W = WIDTH<F>;
+  for (int64_t first = 0; first < count; first += W) {
+    const int lanes = int(std::min<int64_t>(W, count - first));
+    int64_t at[W];
+    for (int i = 0; i < W; i++) at[i] = vectors[first + std::min(i, lanes - 1)];
+    const bool beside = lanes == W && at[W - 1] - at[0] == W - 1;  // in a table that ascends
+    for (int64_t k = 0; k < depth; k++, packed += W) {
+      const G *base = from + elements[k];
+      if (beside) {
+        store(packed, widened<F>(base + at[0]));
+        continue;
+      }
+      for (int i = 0; i < W; i++) packed[i] = F(base[at[i]]);
+      for (int i = lanes; i < W; i++) packed[i] = F(0);
+    }
+  }
+}
+
+// Positions of a sample, each a vector of its elements.
+template <typename F, typename G>
+void pack_positions(const G *from, const Layout &x, int64_t length, int64_t width, F *packed) {
+  if (x.positions)
+    gather(from, length, x.positions, width, x.elements, packed);
+  else
+    pack(from, length, x.position, width, x.element, packed);
+}
+
+// Elements, each a vector of its positions.
+template <typename F, typename G>
+void pack_elements(const G *from, const Layout &x, int64_t length, int64_t width, F *packed) {
+  if (x.positions)
+    gather(from, width, x.elements, length, x.positions, packed);
+  else
+    pack(from, width, x.element, length, x.position, packed);
+}
 
 struct Slack {
   double relative, least;
@@ -94,7 +135,7 @@ int64_t parts_of(int64_t samples, int64_t strips, int threads) {
 
 struct Sizes {
   int64_t samples, length, p, d;
-  Strides rows, cols;
+  Layout rows, cols;
   Slack row_norm, col_norm;
 };
 
@@ -116,8 +157,8 @@ void paired(const G *rows, const G *cols, const Sizes &z, int threads, double *o
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; task++) {
       const int64_t sample = task / parts, part = task % parts;
-      pack<F>(rows + sample * z.rows.sample, z.length, z.rows.position, z.p, z.rows.element, R.get());
-      pack<F>(cols + sample * z.cols.sample, z.length, z.cols.position, z.d, z.cols.element, C.get());
+      pack_positions(rows + sample * z.rows.sample, z.rows, z.length, z.p, R.get());
+      pack_positions(cols + sample * z.cols.sample, z.cols, z.length, z.d, C.get());
       norms(R.get(), panels, z.p, z.row_norm, r.get());
       norms(C.get(), panels, z.d, z.col_norm, c.get());
       Sums<F> together, by_cols, by_rows;
@@ -171,8 +212,8 @@ void squared(const G *rows, const G *cols, const Sizes &z, int threads, double *
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; task++) {
       const int64_t sample = task / parts, part = task % parts;
-      pack<F>(rows + sample * z.rows.sample, z.p, z.rows.element, z.length, z.rows.position, R.get());
-      pack<F>(cols + sample * z.cols.sample, z.d, z.cols.element, z.length, z.cols.position, C.get());
+      pack_elements(rows + sample * z.rows.sample, z.rows, z.length, z.p, R.get());
+      pack_elements(cols + sample * z.cols.sample, z.cols, z.length, z.d, C.get());
       Sums<F> squares;
       for (int64_t strip_at = part; strip_at < strips; strip_at += parts) {
         const int64_t first = strip_at * PANELS, n = std::min<int64_t>(PANELS, panels - first);
@@ -200,7 +241,9 @@ void squared(const G *rows, const G *cols, const Sizes &z, int threads, double *
 }
 
 Sizes sizes_of(const int64_t *q, const double *slack) {
-  return {q[0], q[1], q[2], q[3], {q[4], q[5], q[6]}, {q[7], q[8], q[9]}, {slack[0], slack[1]}, {slack[2], slack[3]}};
+  const auto table = [](int64_t address) { return reinterpret_cast<const int64_t *>(address); };
+  const Layout rows{q[4], q[5], q[6]}, cols{q[7], q[8], q[9], table(q[10]), table(q[11])};
+  return {q[0], q[1], q[2], q[3], rows, cols, {slack[0], slack[1]}, {slack[2], slack[3]}};
 }
 
 }  // namespace

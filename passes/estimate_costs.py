@@ -14,6 +14,7 @@ from dpcompile.errors import NoRuleError
 from dpcompile.flops import flops_of
 from dpcompile.forms import bands, crowded
 from dpcompile.ir import Backward, Group, Program, Site, Space
+from dpcompile.kernels import reads_patches
 from dpcompile.passes.combine import GroupReader
 from dpcompile.patches import together
 from dpcompile.plan import Cost, Costs, GroupCost, Method, Part, Product
@@ -57,17 +58,21 @@ def _parts(reader: GroupReader, backward: Backward, e: int, kernels: bool) -> li
             doubled = e == torch.float32.itemsize and crowded(positions, work.p, work.d)
             plain, options = rules.outer(e, positions, doubled=doubled, bands=_bands(alike, positions, backward))
             booked = e * B * G * T * D
+            tiled: dict[Method, Cost] = {}
             if kernels and len(merged) == 1 and not reader.vmapped and positions > 1:
-                options |= rules.tiled(e, doubled=doubled)
+                tiled = rules.tiled(e, doubled=doubled)
             if work.overlap is not None:
                 booked = e * B * sympy.Integer(work.overlap.image)
                 sizes |= {C: work.overlap.channels, U: work.overlap.pixels}
                 options = rules.patched(options, e)
+                unwritten = len(group.sites) == 1 and _as_it_is(group) and reads_patches(_device(alike[0], backward))
+                tiled = rules.gathered(tiled, e) if unwritten else rules.patched(tiled, e)
                 if len(group.sites) == 1 and group.space is not Space.PULLBACK and _as_it_is(group):
                     few = together((work.p, work.overlap.channels), 1)
                     options |= rules.overlapping(e, work.overlap.kernel, doubled=doubled, together=few)
                     if _device(alike[0], backward).type != "cpu":
                         del options[Method.STREAMED]  # cuDNN may not find the same gradient twice
+            options |= tiled
         elif work.kind == "onehot":
             plain, options = rules.onehot(e)
             booked = 8 * B * T  # an index for each position

@@ -177,7 +177,7 @@ def norm_function(reader: GroupReader, method: Method) -> Callable[..., list[tor
             (form,) = forms
             assert isinstance(form, Patched)
             return [streamed_norm(form)]
-        if method is not Method.SHIFTED:
+        if method not in (Method.SHIFTED, Method.FLASH, Method.TILED):  # kernels may read patches off the image
             forms = list(map(written_out, forms))
         if method.ghost:
             return [ghost_norm(forms, flash=method is Method.FLASH)]  # type: ignore[arg-type]

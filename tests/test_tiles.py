@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dpcompile import dpcompile, kernels
 from dpcompile.certified import dropped_norm, ghost_norm
 from dpcompile.forms import Form, Outer, doubled, explicit, in_float64
+from dpcompile.patches import Window, patches
 from dpcompile.plan import Method
 from dpcompile.rounding import gamma
 from dpcompile.shapes import B
@@ -122,6 +123,55 @@ def test_compilers_are_told_the_truth_about_them(wide: bool) -> None:
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(kernels.PAIRED, (x, x, wide), test_utils=checks)
     torch.library.opcheck(kernels.SQUARED, (x, x, wide), test_utils=checks)
+    if not INTERPRETED:
+        image, window = torch.randn(2, 4, 6), ([2], [1], [1])
+        torch.library.opcheck(kernels.PAIRED_PATCHES, (x.mT, image, *window, wide), test_utils=checks)
+        torch.library.opcheck(kernels.SQUARED_PATCHES, (x.mT, image, *window, wide), test_utils=checks)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton's kernels read no patches")
+@search
+@given(
+    samples=st.sampled_from([0, 1, 2, 3]),
+    channels=st.sampled_from([1, 3, 8]),
+    p=st.sampled_from([1, 3, 17]),
+    sizes=st.lists(st.sampled_from([1, 4, 7, 18]), min_size=1, max_size=3),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    dilation=st.integers(1, 2),
+    dtype=st.sampled_from(DTYPES),
+    wide=st.booleans(),
+)
+def test_patches_are_found_in_the_image(
+    samples: int,
+    channels: int,
+    p: int,
+    sizes: list[int],
+    kernel: int,
+    stride: int,
+    dilation: int,
+    dtype: torch.dtype,
+    wide: bool,
+) -> None:
+    """The numbers of the other two ops, of the patches written out."""
+    torch.manual_seed(0)
+    n = len(sizes)
+    window = Window((kernel,) * n, (stride,) * n, ((0, 0),) * n, (dilation,) * n, 1)
+    image = torch.randn(samples, channels, *window.extent(tuple(sizes))).to(dtype)
+    rows = torch.randn(samples, p, *sizes).to(dtype)
+    cols_NTd = patches(image, window, tuple(sizes)).squeeze(1).transpose(1, 2)
+    given = (rows, image, list(window.kernel), list(window.stride), list(window.dilation), wide)
+    rows_NTp = rows.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(kernels.PAIRED_PATCHES(*given), kernels.PAIRED(rows_NTp, cols_NTd, wide), rtol=0, atol=0)
+    torch.testing.assert_close(
+        kernels.SQUARED_PATCHES(*given), kernels.SQUARED(rows_NTp, cols_NTd, wide), rtol=0, atol=0
+    )
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton's kernels read no patches")
+def test_patches_of_another_image_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="are not the positions of"):
+        kernels.PAIRED_PATCHES(torch.randn(2, 3, 5), torch.randn(2, 3, 5), [2], [1], [1], False)
 
 
 @as_on_a_device

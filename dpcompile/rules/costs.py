@@ -117,6 +117,15 @@ def tiled(e: int, *, doubled: bool) -> dict[Method, Cost]:
     }
 
 
+def gathered(options: dict[Method, Cost], e: int) -> dict[Method, Cost]:
+    """Those of `tiled` whose columns are found in an image: it is read, and each column is put into cache once."""
+    columns, pixels = e * B * G * T * D, e * B * G * U * C
+    return {
+        m: replace(c, bytes=c.bytes - 2 * columns + 3 * pixels, transient=c.transient + pixels)
+        for m, c in options.items()
+    }
+
+
 def patched(options: dict[Method, Cost], e: int) -> dict[Method, Cost]:
     """Options of `outer` for which patches are written out: strided copies, at about a third of the bandwidth."""
     size = e * B * G * T * D

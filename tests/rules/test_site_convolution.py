@@ -12,7 +12,13 @@ from layers import EVERY_FORM, FORCED, Apply, check_module, folded_loss
 from torch import nn
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-UNWRITTEN = ("forced-shifted", "forced-looped", "forced-streamed")  # patches that are read off the image
+UNWRITTEN = (
+    "forced-shifted",
+    "forced-looped",
+    "forced-streamed",
+    "forced-flash",
+    "forced-tiled",
+)  # patches that are read off the image
 EVERY_WAY = (*EVERY_FORM, *UNWRITTEN)
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
