@@ -49,10 +49,10 @@ from dpcompile.shapes import hint, is_one
 
 BLOCK = 1024
 """Products that one matrix product adds up at most; longer ones are cut, and their parts added."""
-SHORT, LONG = 64, 512
+SHORT, LONG = 64, 2048
 """Terms of a float32 sum before float64 takes over, in sums of more than LONG terms."""
-SMALL = 2048
-"""Elements of a sample's gradient up to which it is put beside others, so that one sum serves them all."""
+BESIDE = 512
+"""The same of gradients that are put side by side, where one sum serves them all and may well be a close one."""
 SECOND_ORDER = 1.001
 """Covers products of bounds, each below 1e-4, and the rounding of the bounds themselves."""
 FEW = 3
@@ -66,18 +66,23 @@ def accurate(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-def sq_norm(grad: torch.Tensor) -> torch.Tensor:
-    """[B] float64, at least the squared norms of gradients [B, ...] that enter the clipped sum as they are."""
+def sq_norm(grad: torch.Tensor, *, long: int | None = None) -> torch.Tensor:
+    """[B] float64, at least the squared norms of gradients [B, ...] that enter the clipped sum as they are.
+
+    `long`: in the place of LONG.
+    """
     values = flat(grad)
     count = values.shape[1]
     dtype = torch.float32 if storage_unit(grad.dtype) else grad.dtype
-    return _squares(values, dtype) * (1 + 2 * gamma(_sum_terms(count, dtype) + 4, dtype)) + count * tiny(dtype)
+    many = _in_parts(count, dtype, long)
+    terms = SHORT if many else count
+    return _squares(values, dtype, many=many) * (1 + 2 * gamma(terms + 4, dtype)) + count * tiny(dtype)
 
 
-def _squares(values_Bn: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _squares(values_Bn: torch.Tensor, dtype: torch.dtype, *, many: bool) -> torch.Tensor:
     """[B] float64 sums of squares: SHORT terms in that type, the rest in float64, where there are many."""
     count = values_Bn.shape[1]
-    if not _in_parts(count, dtype):
+    if not many:
         return torch.linalg.vector_norm(values_Bn, dim=1, dtype=dtype).double().square()
     parts = count // SHORT
     blocks = values_Bn[:, : parts * SHORT].unflatten(1, (parts, SHORT))
@@ -101,8 +106,8 @@ def _sum_terms(count: int, dtype: torch.dtype) -> int:
     return SHORT if _in_parts(count, dtype) else count
 
 
-def _in_parts(count: int, dtype: torch.dtype) -> bool:
-    return hint(count) > LONG and dtype is not torch.float64
+def _in_parts(count: int, dtype: torch.dtype, long: int | None = None) -> bool:
+    return hint(count) > (long or LONG) and dtype is not torch.float64
 
 
 # ------------------------------------------------------------------ norms of one group of uses
@@ -113,11 +118,10 @@ def kept_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
 
     Small ones, of which a model has many, are put side by side first: fewer and longer sums.
     """
-    small = [flat(grad) for grad in grads if hint(flat(grad).shape[1]) <= SMALL]
-    large = [flat(grad) for grad in grads if hint(flat(grad).shape[1]) > SMALL]
-    if len(small) > FEW:
-        small = [joined(small, 1)]
-    square = added([sq_norm(values) for values in (*small, *large)])
+    small = [flat(grad) for grad in grads if hint(flat(grad).shape[1]) <= LONG]
+    squares = [sq_norm(grad) for grad in grads if hint(flat(grad).shape[1]) > LONG]
+    together = [sq_norm(joined(small, 1), long=BESIDE)] if len(small) > FEW else map(sq_norm, small)
+    square = added([*together, *squares])
     return torch.stack([square, torch.zeros_like(square)])
 
 

@@ -118,7 +118,7 @@ def compile_all(
 @contextmanager
 def _in_chunks(analysis: Analysis) -> Iterator[Analysis]:
     """What is emitted here cuts every sum of more than two terms; nothing of it is shared with other plans."""
-    with mock.patch.multiple(certified, BLOCK=2, SHORT=2, LONG=2, SMALL=2):
+    with mock.patch.multiple(certified, BLOCK=2, SHORT=2, LONG=2, BESIDE=2):
         yield replace(analysis, memo={})
 
 

@@ -453,6 +453,7 @@ def test_a_scalar_sum_of_losses_is_a_sum(model: Net) -> None:
         torch.testing.assert_close(actual, B * want)
 
 
+@pytest.mark.slow
 def test_models_that_return_caches_return_them() -> None:
     case = CASES["gpt2"]()
     case.model.config.use_cache = True

@@ -81,6 +81,7 @@ def test_report_takes_batch_policy_device_and_json(tmp_path: Path) -> None:
     assert (plan["policy"], plan["batch_size"], plan["device"]["name"]) == ("paper", 3, "cuda")
 
 
+@pytest.mark.slow
 def test_report_shows_for_which_lengths_choices_stay(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     result = RUNNER.invoke(app, ["report", *GPT2, "--dynamic", "input_ids:1", "--json", str(file)])

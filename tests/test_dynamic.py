@@ -123,7 +123,7 @@ def named(case: Case, spec: Spec) -> Spec:
     return [*spec.values()] if isinstance(spec, dict) and isinstance(case.sample_input, Tensor) else spec
 
 
-SLOW = ("gpt2", "bert", "llama", "t5")
+SLOW = ("gpt2", "bert", "llama", "t5", "signals")
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,10 @@ POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf
 @pytest.mark.skipif(sys.platform != "linux", reason="triton is made for Linux")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="triton was told to interpret")
 @pytest.mark.parametrize("name", ["paired", "squared"])
-@pytest.mark.parametrize(("dtype", "product"), [(torch.float32, "fma.rn.f32"), (torch.bfloat16, ".f32.bf16.bf16")])
+@pytest.mark.parametrize(
+    ("dtype", "product"),
+    [pytest.param(torch.float32, "fma.rn.f32", marks=pytest.mark.slow), (torch.bfloat16, ".f32.bf16.bf16")],
+)
 def test_they_compile_for_devices_that_are_not_there(
     name: str, dtype: torch.dtype, product: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

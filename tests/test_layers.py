@@ -19,7 +19,7 @@ IDS = torch.tensor([[0, 1, 2], [5, 3, 4], [4, 4, 1]])
 # ------------------------------------------------------------ weights used more than once
 
 
-@pytest.mark.parametrize("padding", [None, 4])
+@pytest.mark.parametrize("padding", [pytest.param(None, marks=pytest.mark.slow), 4])
 def test_tied_embedding_and_head(padding: int | None) -> None:
     found = check_module(TiedLanguageModel(padding=padding), IDS, reduction="mean", methods=FORCED)
     assert found.emitted["ghost"].plan.method("embed.weight").value == "ghost"
@@ -89,7 +89,9 @@ def test_parameter_under_two_names() -> None:
 # ------------------------------------------------------------ recurrent cells
 
 
-@pytest.mark.parametrize("kind", [pytest.param(nn.RNNCell, marks=pytest.mark.slow), nn.GRUCell, nn.LSTMCell])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in (nn.RNNCell, nn.GRUCell)), nn.LSTMCell]
+)
 def test_cell_called_in_a_loop(kind: type[nn.RNNCellBase]) -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         zeros = x.new_zeros(x.shape[0], 3)
@@ -128,6 +130,7 @@ def test_multihead_attention_of_a_sequence_with_weights() -> None:
     check_module(module, (torch.randn(T, 3, D),), batched=[1], loss=loss_at(1), methods=FEW)
 
 
+@pytest.mark.slow
 def test_sequence_first_inside_a_batch_first_model() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         return m.f(x.transpose(0, 1)).transpose(0, 1)

@@ -332,6 +332,7 @@ def test_no_more_is_saved_than_in_plain_training(build: Callable[[], tuple[nn.Mo
     assert saved_bytes(model, lambda: run(sample)) <= 1.003 * plain + 8 * BATCH
 
 
+@pytest.mark.slow
 def test_report_says_what_it_predicted_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DPCOMPILE_CACHE", str(tmp_path))
     file = tmp_path / "net.py"

@@ -85,7 +85,7 @@ def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Tensor]
         *((None, form, ridge) for form in list(LOSSES)[::2]),
         *(pytest.param(None, form, ridge, marks=pytest.mark.slow) for form in list(LOSSES)[1::2]),
         pytest.param(None, "scaled with it", orthogonality, marks=pytest.mark.slow),
-        ("aot_eager", "added", orthogonality),
+        pytest.param("aot_eager", "added", orthogonality, marks=pytest.mark.slow),
         pytest.param("aot_eager", "subtracted, twice", ridge, marks=pytest.mark.slow),
     ],
 )

@@ -25,7 +25,7 @@ from dpcompile.api import prove
 
 # Run by default; the rest with -m slow, as the likes of others; float64 is the stricter type.
 LIKE_OTHERS = ("bart", "roberta", "albert", "vgg19", "lora_merged", "lora_peft", "t5", "beit", "llama")
-LIKE_OTHERS += ("transformer_encoder", "resnet18")
+LIKE_OTHERS += ("transformer_encoder", "resnet18", "vit")
 IN_FLOAT64 = tuple(name for name in CASES if name not in LIKE_OTHERS)
 IN_FLOAT32 = ("lstm",)
 FUSED = ("gpt2",)

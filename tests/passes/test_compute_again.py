@@ -85,6 +85,7 @@ def test_compiled_it_is_exact(backend: str) -> None:
     check_module(Net(), torch.randn(3, 2, 5, 5), methods=("again",), batch_sizes=(3,), backend=backend)
 
 
+@pytest.mark.slow
 def test_compiled_it_is_not_merged_with_the_first_run() -> None:
     module, x = randomised(Net()), torch.randn(3, 2, 5, 5, dtype=torch.double)
     for method, runs in (("ghost", 1), ("again", 2)):

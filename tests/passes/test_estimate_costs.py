@@ -89,7 +89,9 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "attention" else ()) for name in MODULES]
+)
 def test_flops_equal_the_counted_ones(name: str) -> None:
     build, sample = MODULES[name]
     module = randomised(build())
