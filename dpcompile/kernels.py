@@ -218,6 +218,7 @@ PAIRED = torch.ops.dpcompile.paired.default
 SQUARED = torch.ops.dpcompile.squared.default
 PAIRED_PATCHES = torch.ops.dpcompile.paired_patches.default
 SQUARED_PATCHES = torch.ops.dpcompile.squared_patches.default
+OPS = (PAIRED, SQUARED, PAIRED_PATCHES, SQUARED_PATCHES)
 
 
 @paired.register_fake

@@ -32,7 +32,7 @@ _KEEP_ZERO = {
 # Zero where any argument is.
 _PRODUCTS = {aten.mul, aten.mm, aten.bmm, aten.matmul, patches.OP.overloadpacket}
 _PRODUCTS |= {patches.SQUARES.overloadpacket, patches.SUM.overloadpacket}
-_PRODUCTS |= {kernels.PAIRED.overloadpacket, kernels.SQUARED.overloadpacket}
+_PRODUCTS |= {op.overloadpacket for op in kernels.OPS}
 _JOINS = (aten.cat, joined.OP.overloadpacket)
 
 UNDERFLOW = 1e-10

@@ -19,7 +19,7 @@ from dpcompile.errors import DPCompileError
 VERSIONS = re.compile(r"\(torch \S+, transformers\s\S+\)")
 
 # Run by default: the cheapest of every kind that the zoo has not. All others with -m slow.
-QUICK = ("bloom", "wav2vec2")
+QUICK = ("bloom",)
 QUICKLY_REFUSED = ("resnet", "clip", "bart_layerdrop")
 METHODS = {"auto": (SAMPLE_BATCH, 1), "ghost": (SAMPLE_BATCH, SAMPLE_BATCH + 1), "explicit": (SAMPLE_BATCH, 1)}
 

@@ -87,7 +87,7 @@ def compiled_case(case: Case, max_grad_norm: float, *, fused: bool, loss_reducti
 @pytest.mark.parametrize(
     ("name", "fused", "backend"),
     [
-        ("gpt2", True, "aot_eager"),
+        pytest.param("gpt2", True, "aot_eager", marks=pytest.mark.slow),
         pytest.param("resnet18", False, "aot_eager", marks=pytest.mark.slow),
         pytest.param("lstm", False, "aot_eager", marks=pytest.mark.slow),
         pytest.param("lstm", False, "inductor", marks=pytest.mark.slow),
