@@ -29,8 +29,16 @@ PANELS = 3
 LANES = 64
 """Roundings that adding up lanes and parts of the work takes at most, in float64."""
 
+WIDTHS = {
+    "lstm": (4, 4, 4, 1, 1),
+    "lstm_backward": (1, 1, 1, 4, 4),
+    "gru": (1, 4, 1),
+    "gru_backward": (1, 1, 3, 1),
+    "rnn": (1,),
+    "rnn_backward": (1, 1),
+}
+"""Features of what recurrent.cpp goes through step by step, as multiples of a state's."""
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
-"""Of a recurrent layer, each as wide as its state."""
 
 _log = logging.getLogger(__name__)
 
@@ -133,20 +141,21 @@ def recurrence(
     found = library()
     assert found is not None
     batch, length, width = *next(x for x in steps if x is not None and x.dim() == 3).shape[:2], weight_pH.shape[1]
+    expected: list[tuple[torch.Tensor | None, list[int]]] = [
+        (weight_pH, [GATES[name.removesuffix("_backward")] * width, width])
+    ]
+    expected += [(state, [batch, width]) for state in states_BH]
+    for tensor, wide in zip(steps, WIDTHS[name], strict=True):
+        shared = tensor is not None and tensor.dim() == 1
+        expected.append((tensor, [wide * width] if shared else [batch, length, wide * width]))
+    expected += [(state, [batch, width]) for state in last_BH]
     numbers = [batch, length, width]
-    gates = GATES[name.removesuffix("_backward")] * width
-    widest = max(x.shape[-1] for x in steps if x is not None)
-    if weight_pH.shape[0] != gates or widest < gates:
-        raise RuntimeError(f"{name}: a weight {tuple(weight_pH.shape)} does not make {widest} gates")
-    for tensor in (weight_pH, *states_BH, *steps, *last_BH):
+    for tensor, shape in expected:
         if tensor is None:
             numbers += [0, 0, 0]
             continue
-        own = [] if tensor is weight_pH else list(tensor.shape[:-1])
-        fits = own == [batch, length][: len(own)] and tensor.shape[-1] in (width, gates, 4 * width)
-        if not fits or tensor.dtype is not weight_pH.dtype:
-            shapes = [tuple(x.shape) for x in (weight_pH, *states_BH, *steps, *last_BH) if x is not None]
-            raise RuntimeError(f"{name}: shapes {shapes} do not fit, or types differ")
+        if list(tensor.shape) != shape or tensor.dtype is not weight_pH.dtype:
+            raise RuntimeError(f"{name}: {tensor.dtype}{list(tensor.shape)} is not {weight_pH.dtype}{shape}")
         assert tensor.stride(-1) == 1 or tensor.shape[-1] == 1
         sample, step, *_ = (*tensor.stride()[:-1], 0, 0)
         numbers += [tensor.data_ptr(), sample, step]

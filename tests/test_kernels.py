@@ -77,6 +77,7 @@ def methods_of(model: nn.Module) -> set[Method]:
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
     native.library.cache_clear()
     yield

@@ -124,3 +124,10 @@ def test_an_op_is_registered_as_it_is(op: torch._ops.OpOverload) -> None:
     bias = torch.randn(2 * count).expand(gates.shape).requires_grad_()
     relu = (True,) if op is recurrent.RNN else ()
     torch.library.opcheck(op, (gates, bias, torch.randn(2 * count, 2), *states, *relu))
+
+
+@pytest.mark.parametrize("bias", [torch.ones(3), torch.ones(4, 2, 12), torch.ones(12).double()])
+def test_a_bias_that_does_not_fit_is_refused(bias: Tensor) -> None:
+    gates, weight, state = torch.ones(4, 5, 12), torch.ones(12, 3), torch.ones(4, 3)
+    with pytest.raises(RuntimeError, match=r"is not torch\.float32"):
+        recurrent.LSTM(gates, bias, weight, state, state)
