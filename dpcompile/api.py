@@ -32,6 +32,7 @@ from dpcompile.passes.estimate_costs import estimate_costs
 from dpcompile.passes.find_sites import find_sites
 from dpcompile.passes.fix_batch import fix_batch
 from dpcompile.passes.follow_memory import follow_memory
+from dpcompile.passes.fuse_products import fuse_products
 from dpcompile.passes.insert_norms import insert_norms
 from dpcompile.passes.keep_layouts import keep_layouts
 from dpcompile.passes.measure_sites import candidates, measure_sites
@@ -61,6 +62,7 @@ REWRITES: tuple[Rewrite, ...] = (
     tidy,
     part_gradients,  # that tidy has made one
     spare_masks,  # of the marks that tidy has merged
+    fuse_products,  # that tidy has left apart
     keep_layouts,
 )
 """What is written behind the traced backward, in order; the verifier runs behind each."""

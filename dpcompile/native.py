@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
@@ -20,7 +21,7 @@ from dpcompile.device import cache_directory
 from dpcompile.rounding import norm_slack
 
 HERE = Path(__file__).parent
-SOURCES, HEADER = ("tiles.cpp", "recurrent.cpp"), "blocks.h"
+SOURCES, HEADER = ("tiles.cpp", "recurrent.cpp", "sums.cpp"), "blocks.h"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 SPAN = 128
 """Products that are added up one after the other; the sums of longer ones are added in turn. As tiles.cpp has it."""
@@ -97,16 +98,32 @@ def norms(
 
     `tables`: int64, by which columns are found in images [N, ...]: those of position t at positions[t] + elements[k].
     """
+    out = torch.zeros((sums, rows_NTp.shape[0]), dtype=torch.float64)
+    _run(name, rows_NTp, cols_NTd, total, tables, out)
+    return out
+
+
+def gradients(rows_NTp: torch.Tensor, cols_NTd: torch.Tensor, tables: Tables) -> torch.Tensor:
+    """[N, p, d]: rows^T cols of every sample, of columns that tables find in images."""
+    shape = (rows_NTp.shape[0], rows_NTp.shape[2], len(tables[1]))
+    out = rows_NTp.new_empty(shape) if rows_NTp.numel() else rows_NTp.new_zeros(shape)
+    _run("gradients", rows_NTp, cols_NTd, rows_NTp.dtype, tables, out)
+    return out
+
+
+def _run(
+    name: str, rows: torch.Tensor, cols: torch.Tensor, total: torch.dtype, tables: Tables | None, out: torch.Tensor
+) -> None:
+    """A kernel of tiles.cpp that adds to `out` or writes there."""
     found = library()
     assert found is not None
-    rows, cols = (x.float() if x.dtype is torch.float16 else x for x in (rows_NTp, cols_NTd))
+    rows, cols = (x.float() if x.dtype is torch.float16 else x for x in (rows, cols))
     samples, length, p = rows.shape
     if tables is None:
         d, layout = cols.shape[2], (*cols.stride(), 0, 0)
     else:
         cols, (positions, elements) = cols.contiguous(), tables
         d, layout = len(elements), (cols[:1].numel(), 0, 0, positions.data_ptr(), elements.data_ptr())
-    out = torch.zeros((sums, samples), dtype=torch.float64)
     if rows.numel() and d:
         sizes = (samples, length, p, d, *rows.stride(), *layout)
         slack = (*norm_slack(p, total), *norm_slack(d, total))
@@ -119,6 +136,34 @@ def norms(
             torch.get_num_threads(),
             ctypes.c_void_p(out.data_ptr()),
         )
+
+
+def products(
+    x: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    grad: torch.Tensor,
+    parts: Sequence[int],
+) -> torch.Tensor:
+    """Sums over the second and fourth of `parts` of (x - shift) scale grad, all of them contiguous.
+
+    Shift and scale have numbers for the first two alone.
+
+    Raises:
+        RuntimeError: numbers do not fit.
+    """
+    found = library()
+    assert found is not None
+    front, before, kept, _ = parts
+    counts = ((x, math.prod(parts)), (grad, math.prod(parts)), (shift, front * before), (scale, front * before))
+    given = [None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor, _ in counts]
+    for tensor, count in counts:
+        if tensor is not None and (tensor.numel() != count or tensor.dtype is not x.dtype):
+            raise RuntimeError(f"products: {tensor.dtype}{list(tensor.shape)} is not {x.dtype} of {list(parts)}")
+    out = x.new_zeros(front * kept)
+    if x.numel():
+        kernel = getattr(found, f"products_{_short(x.dtype)}")
+        kernel((ctypes.c_int64 * 4)(*parts), *given, torch.get_num_threads(), ctypes.c_void_p(out.data_ptr()))
     return out
 
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from dpcompile import native
 from dpcompile.shapes import size_of
 
 aten = torch.ops.aten
@@ -118,7 +119,7 @@ def kernel_gradient(rows: torch.Tensor, image: torch.Tensor, window: Window, sha
 
 
 def kernel_gradients(rows: torch.Tensor, image: torch.Tensor, window: Window, shape: tuple[int, ...]) -> torch.Tensor:
-    """[B, *shape] the same for each sample: all as groups of one convolution, or one after the other (`together`)."""
+    """[B, *shape] the same for each sample: by a kernel, as groups of one convolution, or one after the other."""
     return _each(*_arguments(rows, image, window, shape))
 
 
@@ -160,8 +161,13 @@ LANES, FEW = 8, 64
 
 
 def together(shape: Sequence[int], groups: int) -> bool:
-    """Whether samples are taken as groups of one convolution."""
+    """Whether samples are taken as groups of one convolution, where there is no kernel of ours."""
     return LANES <= shape[1] <= FEW and shape[0] // groups <= FEW
+
+
+def by_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a kernel of ours forms the gradients of all samples (tiles.cpp): most often in two thirds of the time."""
+    return device.type == "cpu" and dtype in (torch.float32, torch.float64) and native.library() is not None
 
 
 @torch.library.custom_op("dpcompile::kernel_gradients", mutates_args=())
@@ -188,6 +194,18 @@ def _gradients(
 ) -> torch.Tensor:
     window = Window(tuple(shape[2:]), tuple(stride), tuple((pad, pad) for pad in padding), tuple(dilation), groups)
     batch, positions, sizes = rows.shape[0], rows.shape[2:], image.shape[2:]
+    if by_kernel(rows.device, rows.dtype):
+        image = padded(image, window, tuple(positions))
+        found = tables(
+            image.shape[1] // groups,
+            tuple(image.shape[2:]),
+            window.kernel,
+            window.stride,
+            window.dilation,
+            tuple(positions),
+        )
+        rows, image = (x.unflatten(1, (groups, -1)).flatten(0, 1) for x in (rows, image))
+        return native.gradients(rows.flatten(2).transpose(1, 2), image, found).reshape(batch, *shape)
     if batch and rows.device.type == "cpu" and rows.dtype is torch.float32 and together(shape, groups):
         window = replace(window, groups=batch * groups)
         wide, deep = rows.reshape(1, -1, *positions), image.reshape(1, -1, *sizes)

@@ -49,10 +49,18 @@ void gather(const G *from, int64_t count, const int64_t *vectors, int64_t depth,
       const G *base = from + elements[k];
       if (beside) {
         store(packed, widened<F>(base + at[0]));
-        continue;
+      } else if (lanes == W && k + W <= depth && elements[k + W - 1] - elements[k] == W - 1) {
+        Lanes<F> lines[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) lines[i] = widened<F>(base + at[i]);
+        transpose<F>(lines);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) store(packed + i * W, lines[i]);
+        k += W - 1, packed += (W - 1) * W;
+      } else {
+        for (int i = 0; i < W; i++) packed[i] = F(base[at[i]]);
+        for (int i = lanes; i < W; i++) packed[i] = F(0);
       }
-      for (int i = 0; i < W; i++) packed[i] = F(base[at[i]]);
-      for (int i = lanes; i < W; i++) packed[i] = F(0);
     }
   }
 }
@@ -66,13 +74,13 @@ void pack_positions(const G *from, const Layout &x, int64_t length, int64_t widt
     pack(from, length, x.position, width, x.element, packed);
 }
 
-// Elements, each a vector of its positions.
+// Elements from the first on, each a vector of its positions.
 template <typename F, typename G>
-void pack_elements(const G *from, const Layout &x, int64_t length, int64_t width, F *packed) {
+void pack_elements(const G *from, const Layout &x, int64_t length, int64_t first, int64_t width, F *packed) {
   if (x.positions)
-    gather(from, width, x.elements, length, x.positions, packed);
+    gather(from, width, x.elements + first, length, x.positions, packed);
   else
-    pack(from, width, x.element, length, x.position, packed);
+    pack(from + first * x.element, width, x.element, length, x.position, packed);
 }
 
 struct Slack {
@@ -212,8 +220,8 @@ void squared(const G *rows, const G *cols, const Sizes &z, int threads, double *
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; task++) {
       const int64_t sample = task / parts, part = task % parts;
-      pack_elements(rows + sample * z.rows.sample, z.rows, z.length, z.p, R.get());
-      pack_elements(cols + sample * z.cols.sample, z.cols, z.length, z.d, C.get());
+      pack_elements(rows + sample * z.rows.sample, z.rows, z.length, 0, z.p, R.get());
+      pack_elements(cols + sample * z.cols.sample, z.cols, z.length, 0, z.d, C.get());
       Sums<F> squares;
       for (int64_t strip_at = part; strip_at < strips; strip_at += parts) {
         const int64_t first = strip_at * PANELS, n = std::min<int64_t>(PANELS, panels - first);
@@ -240,6 +248,33 @@ void squared(const G *rows, const G *cols, const Sizes &z, int threads, double *
     for (int64_t i = 0; i < 2; i++) out[i * z.samples + task / parts] += partial[task * 2 + i];
 }
 
+// ------------------------------------------------------------------ explicit gradients
+
+// out[sample][p][d]. The columns of a strip are packed when its turn has come, so that they stay in cache.
+template <typename F, typename G>
+void gradients(const G *rows, const G *cols, const Sizes &z, int threads, F *out) {
+  constexpr int W = WIDTH<F>;
+  const int64_t high = panels_of(z.p, W), strips = panels_of(panels_of(z.d, W), PANELS);
+  const int64_t parts = parts_of(z.samples, strips, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    const Buffer<F> R(high * W * z.length), C(PANELS * W * z.length), block(high * W * PANELS * W);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < z.samples * parts; task++) {
+      const int64_t sample = task / parts;
+      pack_elements(rows + sample * z.rows.sample, z.rows, z.length, 0, z.p, R.get());
+      for (int64_t strip_at = task % parts; strip_at < strips; strip_at += parts) {
+        const int64_t first = strip_at * PANELS * W, width = std::min<int64_t>(PANELS * W, z.d - first);
+        pack_elements(cols + sample * z.cols.sample, z.cols, z.length, first, width, C.get());
+        const auto skip = [](int64_t) { return 0; };
+        strip(R.get(), C.get(), high * W, z.length, 0, panels_of(width, W), skip, block.get());
+        for (int64_t line = 0; line < z.p; line++)
+          std::memcpy(out + (sample * z.p + line) * z.d + first, block.get() + line * PANELS * W, width * sizeof(F));
+      }
+    }
+  }
+}
+
 Sizes sizes_of(const int64_t *q, const double *slack) {
   const auto table = [](int64_t address) { return reinterpret_cast<const int64_t *>(address); };
   const Layout rows{q[4], q[5], q[6]}, cols{q[7], q[8], q[9], table(q[10]), table(q[11])};
@@ -249,16 +284,18 @@ Sizes sizes_of(const int64_t *q, const double *slack) {
 }  // namespace
 
 // NAME_FACTOR_TOTAL: what factors are of, and what products are added up in.
-#define KERNEL(name, factor, G, total, F)                                                                      \
+#define KERNEL(name, factor, G, total, F, result)                                                              \
   extern "C" void name##_##factor##_##total(const void *rows, const void *cols, const int64_t *sizes,          \
-                                            const double *slack, int threads, double *out) {                   \
+                                            const double *slack, int threads, result *out) {                   \
     name<F>(static_cast<const G *>(rows), static_cast<const G *>(cols), sizes_of(sizes, slack), threads, out); \
   }
-#define KERNELS(name)                               \
-  KERNEL(name, float32, float, float32, float)      \
-  KERNEL(name, float32, float, float64, double)     \
-  KERNEL(name, float64, double, float64, double)    \
-  KERNEL(name, bfloat16, bfloat16, float32, float)  \
-  KERNEL(name, bfloat16, bfloat16, float64, double)
-KERNELS(paired)
-KERNELS(squared)
+#define NORMS(name)                                         \
+  KERNEL(name, float32, float, float32, float, double)      \
+  KERNEL(name, float32, float, float64, double, double)     \
+  KERNEL(name, float64, double, float64, double, double)    \
+  KERNEL(name, bfloat16, bfloat16, float32, float, double)  \
+  KERNEL(name, bfloat16, bfloat16, float64, double, double)
+NORMS(paired)
+NORMS(squared)
+KERNEL(gradients, float32, float, float32, float, float)
+KERNEL(gradients, float64, double, float64, double, double)

@@ -17,6 +17,7 @@ from torch import fx
 from dpcompile import joined, kernels, patches
 from dpcompile.finite import finite_rows
 from dpcompile.ir import InputKind, OutputKind, Program
+from dpcompile.products import summed
 from dpcompile.twice import twice
 
 aten = torch.ops.aten
@@ -88,6 +89,8 @@ def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
         return True
     if node.target in (finite_rows, twice):
         return first in zeros
+    if node.target is summed:
+        return first in zeros or node.args[3] in zeros
     if packet is aten.convolution_backward and node.args[-1] == [False, True, False]:  # of the kernel: a product
         return first in zeros or node.args[1] in zeros
     if packet is aten.add and isinstance(node.args[1], float):

@@ -16,7 +16,7 @@ from dpcompile.forms import bands, crowded
 from dpcompile.ir import Backward, Group, Program, Site, Space
 from dpcompile.kernels import reads_patches
 from dpcompile.passes.combine import GroupReader
-from dpcompile.patches import together
+from dpcompile.patches import by_kernel, together
 from dpcompile.plan import Cost, Costs, GroupCost, Method, Part, Product
 from dpcompile.rules import costs as rules
 from dpcompile.rules.batching.base import shape_of
@@ -68,9 +68,10 @@ def _parts(reader: GroupReader, backward: Backward, e: int, kernels: bool) -> li
                 unwritten = len(group.sites) == 1 and _as_it_is(group) and reads_patches(_device(alike[0], backward))
                 tiled = rules.gathered(tiled, e) if unwritten else rules.patched(tiled, e)
                 if len(group.sites) == 1 and group.space is not Space.PULLBACK and _as_it_is(group):
-                    few = together((work.p, work.overlap.channels), 1)
+                    grad = backward.program.node(backward.sites[alike[0].name].grad).meta["val"]
+                    few = by_kernel(grad.device, grad.dtype) or together((work.p, work.overlap.channels), 1)
                     options |= rules.overlapping(e, work.overlap.kernel, doubled=doubled, together=few)
-                    if _device(alike[0], backward).type != "cpu":
+                    if grad.device.type != "cpu":
                         del options[Method.STREAMED]  # cuDNN may not find the same gradient twice
             options |= tiled
         elif work.kind == "onehot":

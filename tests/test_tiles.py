@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dpcompile import dpcompile, kernels
 from dpcompile.certified import dropped_norm, ghost_norm
 from dpcompile.forms import Form, Outer, doubled, explicit, in_float64
-from dpcompile.patches import Window, patches
+from dpcompile.patches import Window, by_kernel, kernel_gradients, patches
 from dpcompile.plan import Method
 from dpcompile.rounding import gamma
 from dpcompile.shapes import B
@@ -166,6 +166,12 @@ def test_patches_are_found_in_the_image(
     torch.testing.assert_close(
         kernels.SQUARED_PATCHES(*given), kernels.SQUARED(rows_NTp, cols_NTd, wide), rtol=0, atol=0
     )
+    if dtype not in kernels.NARROW:
+        shape = (p, channels, *window.kernel)
+        assert by_kernel(CPU, dtype)
+        found = kernel_gradients(rows, image, window, shape)
+        close = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+        torch.testing.assert_close(found, (rows_NTp.mT @ cols_NTd).reshape(samples, *shape), **close)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton's kernels read no patches")

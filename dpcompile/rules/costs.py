@@ -70,7 +70,7 @@ def blocks(bands: Bands, positions: int) -> list[sympy.Expr]:
 def overlapping(e: int, kernel: tuple[int, ...], *, doubled: bool, together: bool) -> dict[Method, Cost]:
     """Of a convolution whose patches are not written out: options beside those of `outer`.
 
-    `together`: kernels' gradients of all samples are one call (patches.together).
+    `together`: kernels' gradients of all samples are one call (patches.by_kernel, patches.together).
     """
     contraction, read = 2 * B * G * T * P * D, B * G * (T * P + U * C)
     weights, kept = G * P * D, B * G * P * D
@@ -89,7 +89,7 @@ def overlapping(e: int, kernel: tuple[int, ...], *, doubled: bool, together: boo
         Method.LOOPED: Cost(
             contraction + 2 * kept,
             e * (read + (4 if together else 8) * kept + weights),
-            e * kept,
+            e * (kept + B * G * U * C),  # with an image that is padded
             e * kept,
             sympy.Integer(1) if together else B,
         ),

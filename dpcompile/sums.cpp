@@ -1,0 +1,115 @@
+// Sums of products over positions, in one pass that writes down no product. native.py compiles and calls them.
+
+#include "blocks.h"
+
+namespace {
+
+constexpr int64_t RUN = 64;  // terms that one number takes up before it is added to the others
+
+// Products x g, or (x - shift) scale g with a shift and a scale for every pair of an outer index and a position, either
+// of which may be left out: of tensors [outer, before, kept, behind] summed over before and behind.
+template <typename F>
+struct Factors {
+  int64_t outer, before, kept, behind;
+  const F *x, *g, *shift, *scale;
+};
+
+template <typename F>
+F shift_of(const Factors<F> &z, int64_t position) {
+  return z.shift ? z.shift[position] : F(0);
+}
+
+template <typename F>
+F scale_of(const Factors<F> &z, int64_t position) {
+  return z.scale ? z.scale[position] : F(1);
+}
+
+// Adds the products of N positions to columns [from, from + count).
+template <int N, typename F>
+void add_positions(const Factors<F> &z, int64_t position, int64_t from, int64_t count, F *sums) {
+  const F *x = z.x + position * z.kept + from, *g = z.g + position * z.kept + from;
+  F shift[N], scale[N];
+  for (int n = 0; n < N; n++) shift[n] = shift_of(z, position + n), scale[n] = scale_of(z, position + n);
+#pragma GCC ivdep
+  for (int64_t k = 0; k < count; k++) {
+    F sum = 0;
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) sum += (x[n * z.kept + k] - shift[n]) * scale[n] * g[n * z.kept + k];
+    sums[k] += sum;
+  }
+}
+
+// One after the other in memory are the numbers that are kept: columns [from, to) of out[kept].
+template <typename F>
+void along_kept(const Factors<F> &z, int64_t outer, int64_t from, int64_t to, F *run, F *out) {
+  const int64_t count = to - from;
+  std::fill_n(out + from, count, F(0));
+  for (int64_t start = 0; start < z.before; start += RUN) {
+    const int64_t end = std::min(z.before, start + RUN);
+    std::fill_n(run, count, F(0));
+    int64_t t = start;
+    for (; t + 4 <= end; t += 4) add_positions<4>(z, outer * z.before + t, from, count, run);
+    for (; t < end; t++) add_positions<1>(z, outer * z.before + t, from, count, run);
+    for (int64_t k = 0; k < count; k++) out[from + k] += run[k];
+  }
+}
+
+// One after the other in memory are numbers that are added up.
+template <typename F>
+F along_sum(const Factors<F> &z, int64_t outer, int64_t kept) {
+  constexpr int W = WIDTH<F>;
+  F total = 0;
+  for (int64_t t = 0; t < z.before; t++) {
+    const int64_t position = outer * z.before + t, at = (position * z.kept + kept) * z.behind;
+    const F *x = z.x + at, *g = z.g + at;
+    const F shift = shift_of(z, position), scale = scale_of(z, position);
+    for (int64_t start = 0; start < z.behind; start += 4 * W * RUN) {
+      const int64_t end = std::min(z.behind, start + 4 * W * RUN);
+      Lanes<F> runs[4] = {};
+      int64_t s = start;
+      for (; s + 4 * W <= end; s += 4 * W)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) runs[i] += (load(x + s + i * W) - shift) * scale * load(g + s + i * W);
+      for (; s + W <= end; s += W) runs[0] += (load(x + s) - shift) * scale * load(g + s);
+      const Lanes<F> sums = (runs[0] + runs[1]) + (runs[2] + runs[3]);
+      F sum = 0;
+      for (; s < end; s++) sum += (x[s] - shift) * scale * g[s];
+      for (int i = 0; i < W; i++) sum += sums[i];
+      total += sum;
+    }
+  }
+  return total;
+}
+
+template <typename F>
+void products(const Factors<F> &z, int threads, F *out) {
+  const int64_t least = z.behind > 1 ? 1 : 4 * WIDTH<F>;  // columns that are worth a task
+  const int64_t parts = std::min(panels_of(4 * threads, z.outer), panels_of(z.kept, least));
+  const int64_t size = panels_of(z.kept, parts);
+  const int64_t tasks = z.outer * parts, beside = std::max<int64_t>(1, tasks / (4 * threads));
+#pragma omp parallel num_threads(threads)
+  {
+    const Buffer<F> run(size);
+#pragma omp for schedule(dynamic, beside)
+    for (int64_t task = 0; task < tasks; task++) {
+      const int64_t outer = task / parts, from = task % parts * size, to = std::min(z.kept, from + size);
+      F *own = out + outer * z.kept;
+      if (z.behind == 1 && from < to)
+        along_kept(z, outer, from, to, run.get(), own);
+      else
+        for (int64_t kept = from; kept < to; kept++) own[kept] = along_sum(z, outer, kept);
+    }
+  }
+}
+
+}  // namespace
+
+#define PRODUCTS(name, F)                                                                                          \
+  extern "C" void products_##name(const int64_t *sizes, const void *x, const void *g, const void *shift,          \
+                                  const void *scale, int threads, void *out) {                                    \
+    const auto of = [](const void *at) { return static_cast<const F *>(at); };                                    \
+    products<F>({sizes[0], sizes[1], sizes[2], sizes[3], of(x), of(g), of(shift), of(scale)}, threads,             \
+                static_cast<F *>(out));                                                                            \
+  }
+PRODUCTS(float32, float)
+PRODUCTS(float64, double)

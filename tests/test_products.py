@@ -1,0 +1,89 @@
+"""Sums of products in one pass, and where a graph has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dpcompile import dpcompile, native, products
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    shape=st.lists(st.sampled_from([0, 1, 2, 5, 17, 70, 130]), min_size=1, max_size=4),
+    dims=st.sets(st.integers(0, 3), min_size=1),
+    with_shift=st.booleans(),
+    with_scale=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    beside=st.booleans(),
+    keepdim=st.booleans(),
+)
+def test_a_sum_is_that_of_the_products(
+    shape: list[int],
+    dims: set[int],
+    with_shift: bool,
+    with_scale: bool,
+    dtype: torch.dtype,
+    beside: bool,
+    keepdim: bool,
+) -> None:
+    summed = sorted(dim for dim in dims if dim < len(shape))
+    assume(summed and torch.Size(shape).numel() < 10**6)
+    front = products.lead(len(shape), summed)
+    assume(front is not None)
+    torch.manual_seed(0)
+    x, grad = (torch.randn(shape, dtype=torch.float64) for _ in range(2))
+    each = torch.randn([*shape[:front], *(1 for _ in shape[front:])], dtype=torch.float64)
+    shift, scale = each if with_shift else None, each + 2 if with_scale else None
+    truth = ((x - (each if with_shift else 0)) * (each + 2 if with_scale else 1) * grad).sum(summed, keepdim)
+    given = [None if t is None else t.to(dtype) for t in (x, shift, scale, grad)]
+    if not beside:  # in another layout: by the ops of torch
+        given[0] = given[0].mT.contiguous().mT if len(shape) > 1 else given[0]  # type: ignore[union-attr]
+    found = products.summed(*given, summed, keepdim)  # type: ignore[arg-type]
+    assert found.dtype is dtype
+    close = {"rtol": 1e-4, "atol": 1e-3} if dtype is torch.float32 else {"rtol": 1e-12, "atol": 1e-11}
+    torch.testing.assert_close(found.double(), truth, **close)
+
+
+def test_numbers_that_do_not_fit_are_refused() -> None:
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(RuntimeError, match="products"):
+        native.products(x, None, torch.randn(5), x, (2, 3, 4, 1))
+    with pytest.raises(RuntimeError, match="products"):
+        native.products(x, None, None, x.double(), (2, 3, 4, 1))
+
+
+class Scaled(nn.Module):
+    """A scale of features, behind a layer norm and a group norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.layer, self.group = nn.Linear(6, 8), nn.LayerNorm(8), nn.GroupNorm(5, 5)
+        self.scale = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.group(self.layer(self.project(x)).tanh() * self.scale)
+
+
+def test_norm_layers_and_scales_have_one_call_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.randn(3, 5, 6)
+    dp_model = dpcompile(model, x, max_grad_norm=0.5)
+    assert dp_model._emitted.backward is not None
+    graph = dp_model._emitted.backward.module.graph
+    calls = graph.find_nodes(op="call_function", target=products.summed)
+    assert sorted(sum(t is not None for t in node.args[:4]) for node in calls) == [2, 2, 4]
+
+    def gradients() -> tuple[list[Any], torch.Tensor]:
+        model.zero_grad()
+        dp_model(x).square().sum((1, 2)).mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None], dp_model.per_sample_norms
+
+    found = gradients()
+    monkeypatch.setattr(products, "_native", lambda _: False)
+    torch.testing.assert_close(found, gradients())
