@@ -171,13 +171,27 @@ def explicit(form: Form) -> torch.Tensor:
     if isinstance(form, Patched):
         return kernel_gradients(form.rows, form.image, form.window, form.shape)
     if isinstance(form, OneHot):
-        batch, length, width = form.cols_BTd.shape
-        rows = form.shape[form.row_dims[0]]
-        index_BTd = form.index_BT.unsqueeze(-1).expand(batch, length, width)
-        grad = form.cols_BTd.new_zeros(batch, rows, width).scatter_add(1, index_BTd, form.cols_BTd)
-        return _to_shape(grad, form, batched=True)
+        return _scattered(form, form.cols_BTd.new_zeros(form.cols_BTd.shape[0], *form.shape))
     blocks = form.rows_BGTp.flatten(0, 1).transpose(1, 2) @ form.cols_BGTd.flatten(0, 1)
     return _to_shape(blocks.unflatten(0, form.rows_BGTp.shape[:2]), form, batched=True)
+
+
+def explicit_sum(forms: Sequence[Form]) -> torch.Tensor:
+    """[B, *shape]: the gradients of several uses, added up. Look-ups are scattered into those of the others."""
+    dense = added([explicit(form) for form in forms if not isinstance(form, OneHot)] or [explicit(forms[0])])
+    look_ups = [form for form in forms if isinstance(form, OneHot)]
+    for form in look_ups if len(look_ups) < len(forms) else look_ups[1:]:
+        same = form.cols_BTd.dtype is dense.dtype
+        dense = _scattered(form, dense) if same else dense + explicit(form)
+    return dense
+
+
+def _scattered(form: OneHot, grad: torch.Tensor) -> torch.Tensor:
+    """[B, *shape]: a gradient to which those of a look-up are added."""
+    order = (*form.row_dims, *form.col_dims)
+    blocks = grad.permute(0, *(1 + dim for dim in order))
+    index_BTd = form.index_BT.unsqueeze(-1).expand(form.cols_BTd.shape)
+    return _to_shape(blocks.scatter_add(1, index_BTd, form.cols_BTd), form, batched=True)
 
 
 def _to_shape(blocks: torch.Tensor, form: Outer | OneHot, *, batched: bool) -> torch.Tensor:

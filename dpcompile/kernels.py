@@ -83,7 +83,7 @@ def block_terms(p: int, d: int, dtype: torch.dtype, device: torch.device) -> int
 
 
 def _sum_terms(count: int, dtype: torch.dtype) -> int:
-    return count + native.LANES if dtype is torch.float64 else native.PANELS + 2
+    return count + native.LANES if dtype is torch.float64 else native.PANELS * native.LINES + 2
 
 
 def _tile_terms(tiles: int, dtype: torch.dtype) -> int:

@@ -25,8 +25,8 @@ SOURCES, HEADER = ("tiles.cpp", "recurrent.cpp", "sums.cpp"), "blocks.h"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 SPAN = 128
 """Products that are added up one after the other; the sums of longer ones are added in turn. As tiles.cpp has it."""
-PANELS = 3
-"""Registers beside one another whose lanes are added up before float64 takes over. As tiles.cpp has it."""
+PANELS, LINES = 3, 4
+"""Registers beside one another, and lines of them, that are added up before float64 takes over. As tiles.cpp has it."""
 LANES = 64
 """Roundings that adding up lanes and parts of the work takes at most, in float64."""
 

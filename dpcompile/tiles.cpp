@@ -1,10 +1,14 @@
 // Norms that form a product block by block and keep its sums alone. native.py compiles and calls them.
 
+#include <limits>
+
 #include "blocks.h"
 
 namespace {
 
-constexpr int64_t SPAN = 128;  // products that are added up one after the other; native.py counts roundings by it
+// native.py counts roundings by these.
+constexpr int64_t SPAN = 128;       // products that are added up one after the other
+constexpr int64_t LINES_ADDED = 4;  // lines of a strip that are added up before float64 takes over
 
 struct bfloat16 {
   uint16_t bits;
@@ -20,8 +24,8 @@ struct bfloat16 {
 template <typename F>
 struct Sums {
   double lanes[WIDTH<F>] = {};
-  void add(Lanes<F> more, double factor) {
-    for (int i = 0; i < WIDTH<F>; i++) lanes[i] += double(more[i]) * factor;
+  void add(Lanes<F> more) {
+    for (int i = 0; i < WIDTH<F>; i++) lanes[i] += double(more[i]);
   }
   double total() const {
     double sum = 0;
@@ -119,14 +123,15 @@ void norms_across(const F *packed, int64_t panels, int64_t depth, const Slack &s
   }
 }
 
-// Lines of a product that are formed for panels [first, first + n): out[line][PANELS * WIDTH], SPAN terms at a time.
+// Lines [begin, end) of a product, for panels [first, first + n): out[line][PANELS * WIDTH], SPAN terms at a time.
 // `skip(line)`: leading panels that a line does not need.
 template <typename F, typename Skip>
-void strip(const F *left, const F *right, int64_t lines, int64_t depth, int64_t first, int64_t n, Skip skip, F *out) {
+void strip(const F *left, const F *right, int64_t begin, int64_t end, int64_t depth, int64_t first, int64_t n, Skip skip,
+           F *out) {
   constexpr int W = WIDTH<F>;
   for (int64_t start = 0; start < depth; start += SPAN) {
     const int64_t span = std::min(SPAN, depth - start);
-    for (int64_t line = 0; line < lines; line += HIGH<F>) {
+    for (int64_t line = begin; line < end; line += HIGH<F>) {
       const int64_t from = skip(line);
       const F *l = left + ((line / W) * depth + start) * W + line % W;
       const F *r = right + ((first + from) * depth + start) * W;
@@ -149,15 +154,51 @@ struct Sizes {
 
 // ------------------------------------------------------------------ flash ghost norm
 
+// Of pairs of positions: sums of K A, |K| c c and |A| r r.
+template <typename F>
+struct Pairs {
+  const F *r, *c, *row_gram, *col_gram;
+  Sums<F> together, by_cols, by_rows;
+
+  // Lines [begin, end) of a strip, with `times(t, s)` what a pair counts in each lane.
+  template <typename Skip, typename Times>
+  void add(int64_t begin, int64_t end, int64_t first, int64_t n, Skip skip, Times times) {
+    constexpr int W = WIDTH<F>;
+    for (int64_t start = begin; start < end; start += LINES_ADDED) {
+      Lanes<F> pairs{}, row_sums{}, col_sums{};
+      for (int64_t t = start; t < std::min(end, start + LINES_ADDED); t++) {
+        Lanes<F> row_sum{}, col_sum{};
+        for (int64_t panel = skip(t); panel < n; panel++) {
+          const int64_t at = (t * PANELS + panel) * W, s = (first + panel) * W;
+          const Lanes<F> counted = times(t, s);
+          const Lanes<F> K = load(row_gram + at) * counted, A = load(col_gram + at);
+          pairs += K * A;
+          col_sum += absolute<F>(K) * load(c + s);
+          row_sum += absolute<F>(A) * counted * load(r + s);
+        }
+        col_sums += col_sum * c[t];
+        row_sums += row_sum * r[t];
+      }
+      together.add(pairs), by_cols.add(col_sums), by_rows.add(row_sums);
+    }
+  }
+};
+
 template <typename F, typename G>
 void paired(const G *rows, const G *cols, const Sizes &z, int threads, double *out) {
   constexpr int W = WIDTH<F>;
-  const int64_t panels = panels_of(z.length, W), strips = panels_of(panels, PANELS);
+  const int64_t panels = panels_of(z.length, W);
+  // A few positions behind the last full panel are lines for the panels before, and a strip for themselves alone.
+  const bool few = panels > 1 && z.length % W > 0 && z.length % W <= HIGH<F>;
+  const int64_t full = panels - few, wide = panels_of(full, PANELS), strips = wide + few;
   const int64_t parts = parts_of(z.samples, strips, threads), tasks = z.samples * parts;
   std::unique_ptr<double[]> partial(new double[tasks * 4]());
   F diagonal[W][W];  // what a pair counts: twice above the diagonal
   for (int t = 0; t < W; t++)
     for (int s = 0; s < W; s++) diagonal[t][s] = s > t ? 2 : s == t ? 1 : 0;
+  const auto upper = [&diagonal](int64_t t, int64_t s) { return t >= s ? load(diagonal[t % W]) : Lanes<F>{} + F(2); };
+  const auto twice = [](int64_t, int64_t) { return Lanes<F>{} + F(2); };
+  const auto none = [](int64_t) { return int64_t(0); };
 #pragma omp parallel num_threads(threads)
   {
     const Buffer<F> R(panels * W * z.p), C(panels * W * z.d), r(panels * W), c(panels * W);
@@ -169,35 +210,29 @@ void paired(const G *rows, const G *cols, const Sizes &z, int threads, double *o
       pack_positions(cols + sample * z.cols.sample, z.cols, z.length, z.d, C.get());
       norms(R.get(), panels, z.p, z.row_norm, r.get());
       norms(C.get(), panels, z.d, z.col_norm, c.get());
-      Sums<F> together, by_cols, by_rows;
+      Pairs<F> sums{r.get(), c.get(), row_gram.get(), col_gram.get(), {}, {}, {}};
       for (int64_t strip_at = part; strip_at < strips; strip_at += parts) {
-        const int64_t first = strip_at * PANELS, n = std::min<int64_t>(PANELS, panels - first);
-        const int64_t lines = std::min((first + n) * W, panels_of(z.length, HIGH<F>) * HIGH<F>);
+        const int64_t first = std::min(strip_at * PANELS, full), last = strip_at < wide ? full : panels;
+        const int64_t n = std::min<int64_t>(PANELS, last - first);
+        const int64_t begin = strip_at < wide ? 0 : first * W, end = std::min((first + n) * W, z.length);
         const auto skip = [first](int64_t line) { return std::max<int64_t>(0, line / W - first); };
-        strip(R.get(), R.get(), lines, z.p, first, n, skip, row_gram.get());
-        strip(C.get(), C.get(), lines, z.d, first, n, skip, col_gram.get());
-        for (int64_t t = 0; t < std::min(lines, z.length); t++) {
-          Lanes<F> pairs{}, row_sums{}, col_sums{};
-          for (int64_t panel = skip(t); panel < n; panel++) {
-            const int64_t at = (t * PANELS + panel) * W, s = (first + panel) * W;
-            const Lanes<F> times = t >= s ? load(diagonal[t % W]) : Lanes<F>{} + F(2);
-            const Lanes<F> K = load(row_gram.get() + at) * times, A = load(col_gram.get() + at);
-            pairs += K * A;
-            col_sums += absolute<F>(K) * load(c.get() + s);
-            row_sums += absolute<F>(A) * times * load(r.get() + s);
-          }
-          together.add(pairs, 1);
-          by_cols.add(col_sums, c.get()[t]);
-          by_rows.add(row_sums, r.get()[t]);
+        strip(R.get(), R.get(), begin, end, z.p, first, n, skip, row_gram.get());
+        strip(C.get(), C.get(), begin, end, z.d, first, n, skip, col_gram.get());
+        sums.add(begin, end, first, n, skip, upper);
+        if (few && strip_at < wide) {
+          strip(R.get(), R.get(), full * W, z.length, z.p, first, n, none, row_gram.get());
+          strip(C.get(), C.get(), full * W, z.length, z.d, first, n, none, col_gram.get());
+          sums.add(full * W, z.length, first, n, none, twice);
         }
       }
-      double *sums = partial.get() + task * 4;
-      sums[0] = together.total(), sums[1] = by_cols.total(), sums[2] = by_rows.total();
+      double *found = partial.get() + task * 4;
+      found[0] = sums.together.total(), found[1] = sums.by_cols.total(), found[2] = sums.by_rows.total();
       if (part == 0)
         for (int64_t t = 0; t < z.length; t++) {
-          // A little for products that underflow, more than those of a line could lose.
-          sums[1] += 1e-30 * c.get()[t], sums[2] += 1e-30 * r.get()[t];
-          sums[3] += double(r.get()[t]) * c.get()[t];
+          // More than products that underflow could lose: in a line, before its factor and behind it.
+          const double least = z.length * double(std::numeric_limits<F>::min());
+          found[1] += 1e-30 * c.get()[t] + 2 * least, found[2] += 1e-30 * r.get()[t] + 2 * least;
+          found[3] += double(r.get()[t]) * c.get()[t];
         }
     }
   }
@@ -226,14 +261,14 @@ void squared(const G *rows, const G *cols, const Sizes &z, int threads, double *
       for (int64_t strip_at = part; strip_at < strips; strip_at += parts) {
         const int64_t first = strip_at * PANELS, n = std::min<int64_t>(PANELS, panels - first);
         const auto skip = [](int64_t) { return 0; };
-        strip(R.get(), C.get(), high * W, z.length, first, n, skip, block.get());
+        strip(R.get(), C.get(), 0, high * W, z.length, first, n, skip, block.get());
         for (int64_t line = 0; line < z.p; line++) {
           Lanes<F> sum{};
           for (int64_t panel = 0; panel < n; panel++) {
             const Lanes<F> value = load(block.get() + (line * PANELS + panel) * W);
             sum += value * value;
           }
-          squares.add(sum, 1);
+          squares.add(sum);
         }
       }
       partial[task * 2] = squares.total();
@@ -267,7 +302,7 @@ void gradients(const G *rows, const G *cols, const Sizes &z, int threads, F *out
         const int64_t first = strip_at * PANELS * W, width = std::min<int64_t>(PANELS * W, z.d - first);
         pack_elements(cols + sample * z.cols.sample, z.cols, z.length, first, width, C.get());
         const auto skip = [](int64_t) { return 0; };
-        strip(R.get(), C.get(), high * W, z.length, 0, panels_of(width, W), skip, block.get());
+        strip(R.get(), C.get(), 0, high * W, z.length, 0, panels_of(width, W), skip, block.get());
         for (int64_t line = 0; line < z.p; line++)
           std::memcpy(out + (sample * z.p + line) * z.d + first, block.get() + line * PANELS * W, width * sizeof(F));
       }

@@ -11,7 +11,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from dpcompile.errors import Finding, refusal
-from dpcompile.forms import Explicit, Form, explicit, merge, transposed, written_out
+from dpcompile.forms import Explicit, Form, explicit, explicit_sum, merge, transposed, written_out
 from dpcompile.ir import Backward, Chain, Derived, Group, Program, Site, Space, Tracked
 from dpcompile.origin import origin
 from dpcompile.passes.find_sites import call_of
@@ -92,10 +92,7 @@ class GroupReader:
 
     def explicit_sum(self, tensors: Sequence[torch.Tensor], *, looped: bool = False) -> torch.Tensor:
         """[B, *shape] per-sample gradients of the group's one parameter or value; of a convolution by its backward."""
-        forms = self.combined(tensors)
-        parts = merge([Explicit(explicit(form if looped else written_out(form))) for form in forms])
-        assert isinstance(parts[0], Explicit)
-        return parts[0].grad
+        return explicit_sum([form if looped else written_out(form) for form in self.combined(tensors)])
 
     def chain(self, value: Derived, sources: Sequence[torch.Tensor]) -> torch.Tensor:
         """The value computed again from its parameters and what else its chain reads."""

@@ -82,7 +82,8 @@ def _parts(reader: GroupReader, backward: Backward, e: int, kernels: bool) -> li
         if not ghost and work.kind != "explicit":
             options = {m: c for m, c in options.items() if not m.ghost}
         if parts or group.space is Space.PULLBACK:
-            options = rules.unkept(options, e)
+            made = [kind for kind in (*(part.kind for part in parts), work.kind) if kind != "onehot"]
+            options = rules.unkept(options, e, scattered=len(made) < 2)
         if group.space is Space.PULLBACK:  # gradients of the parameters are always kept there
             options = {Method.KEPT: options[Method.KEPT]}
         shareable = ghost or (work.kind == "explicit" and len(merged) == 1 and group.space is not Space.PULLBACK)

@@ -42,17 +42,26 @@ def simplify(graph: fx.Graph) -> None:
 
 
 def add_in_place(graph: fx.Graph) -> None:
-    """Into zeros that nothing else reads; behind the merging of equal nodes, which would merge the zeros of two sums.
+    """Into zeros or a product that nothing else reads; behind the merging of equal nodes, which would merge the zeros
+    of two sums.
 
     A table of embeddings is written once and not copied.
     """
     for target, in_place in _IN_PLACE.items():
         for node in graph.find_nodes(op="call_function", target=target):
-            zeros = node.args[0]
-            if isinstance(zeros, fx.Node) and zeros.target is aten.new_zeros.default and len(zeros.users) == 1:
+            if _is_fresh(node.args[0]):
                 node.target = in_place
 
 
+def _is_fresh(node: Any) -> bool:
+    """Whether it lies in memory that has just been written for the one op that reads it."""
+    if not isinstance(node, fx.Node) or len(node.users) != 1:
+        return False
+    return node.target in _MADE or (node.target in _SEEN_THROUGH and _is_fresh(node.args[0]))
+
+
+_MADE = {aten.new_zeros.default, aten.bmm.default, aten.mm.default}
+_SEEN_THROUGH = {aten.reshape.default, aten.permute.default}
 _IN_PLACE = {aten.index_add.default: aten.index_add_.default, aten.scatter_add.default: aten.scatter_add_.default}
 
 

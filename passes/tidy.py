@@ -37,8 +37,8 @@ def tidied(program: Program) -> Program:
     simplify(graph)
     name_sizes(program)
     merge_common(graph)
-    add_in_place(graph)
     graph.eliminate_dead_code(is_impure_node=_is_impure)
+    add_in_place(graph)
     graph.lint()
     program.module.recompile()
     results = output.args[0]

@@ -156,11 +156,22 @@ def pulled(e: int, norm: sympy.Expr, plain: sympy.Expr, numel: int) -> tuple[Cos
     return Cost(plain, e * numel * sympy.Integer(1), ZERO, ZERO), {Method.KEPT: cost}
 
 
-def unkept(options: dict[Method, Cost], e: int) -> dict[Method, Cost]:
-    """Options of a further part of a group: kept gradients of all parts are one tensor, summed once."""
+def unkept(options: dict[Method, Cost], e: int, *, scattered: bool) -> dict[Method, Cost]:
+    """Options of a further part of a group: kept gradients of all parts are one tensor, summed once.
+
+    `scattered`: of this part and those before, all but one are scattered into it; others are made and then added.
+    """
     kept = B * G * P * D
     return {
-        m: replace(c, flops=c.flops - 2 * kept, bytes=c.bytes - e * 3 * kept, held=ZERO) if m.keeps else c
+        m: replace(
+            c,
+            flops=c.flops - 2 * kept,
+            bytes=c.bytes - e * 3 * kept,
+            transient=ZERO if scattered else c.transient,
+            held=ZERO,
+        )
+        if m.keeps
+        else c
         for m, c in options.items()
     }
 
