@@ -70,7 +70,7 @@ def measure(workload: Workload, rounds: int) -> tuple[dict[str, Timed], float, f
     emitted = dp_model._emitted
     assert emitted.backward is not None
     timed = {"forward": Timed(emitted.forward.module), "backward": Timed(emitted.backward.module)}
-    object.__setattr__(emitted.forward.module, "forward", timed["forward"].run)
+    object.__setattr__(emitted, "eager_forward", timed["forward"].run)
     object.__setattr__(emitted, "boxed_backward", lambda given: timed["backward"].run(*given))
     for done in range(WARM_UP_STEPS + rounds):
         if done == WARM_UP_STEPS:

@@ -13,6 +13,7 @@ from dpcompile import records
 from dpcompile.attributes import ModuleRecord
 from dpcompile.calls import CallSpec
 from dpcompile.clipping import Clipping
+from dpcompile.direct import direct
 from dpcompile.ir import InputKind, Output, OutputKind, Program
 from dpcompile.plan import Plan
 from dpcompile.torch_internals import boxed
@@ -42,6 +43,7 @@ class Emitted:
     fixed: tuple[int, ...] = field(init=False)  # those of them that no gradient flows into
     tangents: tuple[int, ...] = field(init=False)  # those whose gradients the backward reads; fused: the loss
     gradients: tuple[int | None, ...] = field(init=False)  # for each input of `forward`, which gradient is its own
+    eager_forward: Callable[..., Any] = field(init=False, compare=False, repr=False)
     boxed_backward: Callable[[list[Any]], Any] | None = field(init=False, compare=False, repr=False)
     shorter: dict[tuple[int, ...], Callable[[list[Any]], Any] | None] = field(init=False, compare=False, repr=False)
     """The same without the gradients of some outputs, made where a loss first leaves them out."""
@@ -62,17 +64,22 @@ class Emitted:
                 if i.kind is not InputKind.BOUND
             ),
             "shorter": {},
-            "boxed_backward": None if self.backward is None else boxed(self.backward.module),
+            "eager_forward": direct(self.forward.module).forward,
+            "boxed_backward": None if self.backward is None else boxed(direct(self.backward.module)),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
+
+    def run_forward(self, *inputs: Any) -> Any:
+        """The forward graph; a compiler sees its ops as they are."""
+        return self.forward.module.forward(*inputs) if torch.compiler.is_compiling() else self.eager_forward(*inputs)
 
     def backward_without(self, missing: tuple[int, ...]) -> Callable[[list[Any]], Any] | None:
         """The backward for a loss that leaves these outputs out; None if it needs zeros for them."""
         if missing not in self.shorter:
             assert self.backward is not None
             made = self.drop_tangents(self.backward, [str(i) for i in missing])
-            self.shorter[missing] = None if made is None else boxed(made.module)
+            self.shorter[missing] = None if made is None else boxed(direct(made.module))
         return self.shorter[missing]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Emitted:
@@ -95,7 +102,7 @@ class PrivateFunction(torch.autograd.Function):
     def forward(
         ctx: Any, emitted: Emitted, bound: torch.Tensor, weight: torch.Tensor, handle: int, *primals: Any
     ) -> Any:
-        results = emitted.forward.module.forward(*primals)
+        results = emitted.run_forward(*primals)
         count = len(results) - emitted.saved
         ctx.emitted, ctx.handle = emitted, handle
         ctx.save_for_backward(bound, weight, *results[count:])
@@ -147,7 +154,7 @@ class FusedFunction(torch.autograd.Function):
     def forward(
         ctx: Any, emitted: Emitted, bound: torch.Tensor, weight: torch.Tensor, handle: int, *primals: Any
     ) -> Any:
-        results = emitted.forward.module.forward(*primals, bound, weight)
+        results = emitted.run_forward(*primals, bound, weight)
         count = len(results) - emitted.saved  # the model's own results; then gradients and norms
         *gradients, norms = results[count:]
         ctx.emitted, ctx.handle = emitted, handle

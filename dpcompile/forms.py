@@ -189,7 +189,7 @@ def explicit_sum(forms: Sequence[Form]) -> torch.Tensor:
 def _scattered(form: OneHot, grad: torch.Tensor) -> torch.Tensor:
     """[B, *shape]: a gradient to which those of a look-up are added."""
     order = (*form.row_dims, *form.col_dims)
-    blocks = grad.permute(0, *(1 + dim for dim in order))
+    blocks = grad.permute(0, *(1 + dim for dim in order)).flatten(2)
     index_BTd = form.index_BT.unsqueeze(-1).expand(form.cols_BTd.shape)
     return _to_shape(blocks.scatter_add(1, index_BTd, form.cols_BTd), form, batched=True)
 

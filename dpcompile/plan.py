@@ -23,8 +23,8 @@ class Method(Enum):
     EXPLICIT = "explicit"  # made for the norm, dropped, contracted again for the clipped sum
     KEPT = "kept"  # made for the norm, kept until the clip factors are known: no second contraction
     SHIFTED = "shifted"  # ghost norm of a convolution, its Gram of patches read off that of the image's positions
-    LOOPED = "looped"  # kept, made by convolution's own backward for each sample
-    STREAMED = "streamed"  # explicit, made by convolution's own backward for each sample, dropped, made again so
+    LOOPED = "looped"  # kept, made for each sample off the image: by a kernel, or by convolution's own backward
+    STREAMED = "streamed"  # explicit, made as `looped` a few at a time, dropped, made again so
     FLASH = "flash"  # ghost norm whose Gram matrices are formed and summed in tiles, by a kernel (kernels.py)
     TILED = "tiled"  # explicit, made for the norm in tiles that are not written down, by a kernel
 
