@@ -41,6 +41,7 @@ from dpcompile.passes.part_gradients import part_gradients
 from dpcompile.passes.penalty import penalty
 from dpcompile.passes.reweight_gradients import reweight_gradients
 from dpcompile.passes.rewrite import Order, Rewrite, rewrite
+from dpcompile.passes.scale_in_place import scale_in_place
 from dpcompile.passes.spare_masks import spare_masks
 from dpcompile.passes.split import split
 from dpcompile.passes.tidy import tidy
@@ -64,6 +65,7 @@ REWRITES: tuple[Rewrite, ...] = (
     spare_masks,  # of the marks that tidy has merged
     fuse_products,  # that tidy has left apart
     keep_layouts,
+    scale_in_place,  # when the order of ops is settled
 )
 """What is written behind the traced backward, in order; the verifier runs behind each."""
 

@@ -287,7 +287,7 @@ def weighted_sum(
         rows, image = _finite(form.rows, finite_B), _finite(form.image, finite_B)
         return kernel_gradient(_scaled(rows, weight_B), image, form.window, form.shape)
     rows, cols = _finite(form.rows_BGTp, finite_B), _finite(form.cols_BGTd, finite_B)
-    if hint(rows.shape[-1]) <= hint(cols.shape[-1]):
+    if hint(rows.shape[-1]) <= IN_PLACE * hint(cols.shape[-1]):
         rows = _scaled(rows, weight_B)
     else:
         cols = _scaled(cols, weight_B)
@@ -296,6 +296,10 @@ def weighted_sum(
     else:
         total = rows.transpose(0, 1).flatten(1, 2).transpose(1, 2) @ cols.transpose(0, 1).flatten(1, 2)
     return _to_shape(total, form, batched=False)
+
+
+IN_PLACE = 1.5
+"""Times as wide as columns, which are activations, rows may be and are scaled still: most often in their own place."""
 
 
 def direct(form: Patched) -> bool:

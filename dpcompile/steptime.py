@@ -39,7 +39,8 @@ def times(program: Program, device: DeviceSpec, batch_size: int) -> dict[fx.Node
         if node.op != "call_function":
             continue
         found[node] = device.s_per_op * calls_of(node)
-        if node.target is finite_rows or not any(root[0] == node.name for root in storages.of(node)):
+        in_place = getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+        if node.target is finite_rows or not (in_place or any(root[0] == node.name for root in storages.of(node))):
             continue
         values = [value for source in (node, *node.all_input_nodes) for value in pytree.tree_leaves(source.meta["val"])]
         tensors = [value for value in values if isinstance(value, torch.Tensor)]

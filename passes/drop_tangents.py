@@ -17,6 +17,7 @@ from torch import fx
 from dpcompile import joined, kernels, patches
 from dpcompile.finite import finite_rows
 from dpcompile.ir import InputKind, OutputKind, Program
+from dpcompile.passes.scale_in_place import copied
 from dpcompile.products import summed
 from dpcompile.twice import twice
 
@@ -47,6 +48,7 @@ def drop_tangents(program: Program, missing: Sequence[str]) -> Program | None:
     caller passes zeros.
     """
     program = program.copy()
+    copied(program)
     graph = program.graph
     nodes = program.nodes()
     zeros = {nodes[i.node] for i in program.inputs if i.kind is InputKind.TANGENT and i.target in missing}

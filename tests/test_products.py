@@ -87,3 +87,22 @@ def test_norm_layers_and_scales_have_one_call_each(monkeypatch: pytest.MonkeyPat
     found = gradients()
     monkeypatch.setattr(products, "_native", lambda _: False)
     torch.testing.assert_close(found, gradients())
+
+
+def test_output_gradients_are_scaled_in_their_own_place() -> None:
+    """Those that were computed; not what the caller hands over, nor what the forward has saved."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
+    x, handed = torch.randn(4, 5, 6), torch.randn(4, 5, 6)
+    dp_model = dpcompile(model, x, max_grad_norm=0.5)
+    assert dp_model._emitted.backward is not None
+    graph = dp_model._emitted.backward.module.graph
+    assert len(graph.find_nodes(op="call_function", target=torch.ops.aten.mul_.Tensor)) == 1
+    out, before = dp_model(x), (x.clone(), handed.clone())
+    out.backward(handed, retain_graph=True)
+    first = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    assert torch.equal(x, before[0])
+    assert torch.equal(handed, before[1])
+    model.zero_grad()
+    out.backward(handed)
+    torch.testing.assert_close([p.grad for p in model.parameters()], first, rtol=0, atol=0)

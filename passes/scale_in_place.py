@@ -1,0 +1,76 @@
+"""scale-in-place: what is scaled by the clip factors is written over where nothing else reads it any more.
+
+Output gradients, above all: no copy of them is made, and none takes memory beside them. Behind all passes that move
+ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from dpcompile.inline import PHASE
+from dpcompile.ir import Draft, Program
+from dpcompile.memory import Storages
+from dpcompile.passes.rewrite import Order
+from dpcompile.shapes import is_one
+
+aten = torch.ops.aten
+
+
+def scale_in_place(draft: Draft, _order: Order) -> Draft:
+    """The program with products in place among its clipped sums."""
+    program = draft.program
+    storages = Storages(program)
+    position = {node: i for i, node in enumerate(program.graph.nodes)}
+    made = {node.name for node in program.graph.nodes if node.op == "call_function"}
+    last: dict[Any, int] = {}
+    for node, i in position.items():
+        for source in node.all_input_nodes:
+            for root in storages.of(source):
+                last[root] = i
+    for node in program.graph.find_nodes(op="call_function", target=aten.mul.Tensor):
+        roots = storages.of(node.all_input_nodes[0])
+        if node.meta.get(PHASE) != "sum" or not roots or not made.issuperset(root[0] for root in roots):
+            continue
+        if all(last[root] == position[node] for root in roots) and _fits(node, {root[0] for root in roots}):
+            node.target = aten.mul_.Tensor
+    program.module.recompile()
+    return replace(draft, program=program)
+
+
+def copied(program: Program) -> None:
+    """Undo it, before ops are taken out: what was written over may then be another value."""
+    for node in program.graph.find_nodes(op="call_function", target=aten.mul_.Tensor):
+        node.target = aten.mul.Tensor
+
+
+def _fits(node: fx.Node, made: set[str]) -> bool:
+    """Whether the result has the type and shape of the first factor, whose numbers lie in places of their own."""
+    first = node.all_input_nodes[0]
+    if node.args[0] is not first:
+        return False
+    value, result = first.meta["val"], node.meta["val"]
+    alike = value.dtype is result.dtype and str(value.shape) == str(result.shape)
+    return alike and not any(map(_spread, _views(first, made)))
+
+
+def _views(node: fx.Node, made: set[str]) -> Iterator[fx.Node]:
+    """A value and what it is a view of, back to the op that made it."""
+    yield node
+    while node.name not in made:
+        node = node.all_input_nodes[0]
+        yield node
+
+
+def _spread(node: fx.Node) -> bool:
+    """Whether several of its numbers lie in one place."""
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor):
+        return False
+    sizes = zip(value.shape, value.stride(), strict=True)
+    return any(not is_one(size) and isinstance(stride, int) and stride == 0 for size, stride in sizes)
