@@ -247,7 +247,7 @@ def measure_peak(
 
 def measure_peak_in_fresh_process(name: str, method: str, args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, name, "--peak-of", method, "--device", str(args.device)]
-    command += ["--autocast"] * args.autocast
+    command += ["--autocast"] * getattr(args, "autocast", False)
     if args.threads:
         command += ["--threads", str(args.threads)]
     # A block goes back to the system when freed, so that what is resident is what is held and not what was.
