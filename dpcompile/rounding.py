@@ -56,3 +56,8 @@ def row_norms(values: torch.Tensor) -> torch.Tensor:
     dtype = torch.float64 if values.dtype is torch.float64 else torch.float32
     relative, least = norm_slack(values.shape[-1], dtype)
     return torch.linalg.vector_norm(values, dim=-1, dtype=dtype) * relative + least
+
+
+def accurate(tensor: torch.Tensor) -> torch.Tensor:
+    """float32 at least."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

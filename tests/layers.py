@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from zoo import Inputs, call
 
-from dpcompile import certified
+from dpcompile import certified, gram
 from dpcompile.api import Analysis, prove
 from dpcompile.emitted import Emitted
 from dpcompile.ir import Program
@@ -118,7 +118,7 @@ def compile_all(
 @contextmanager
 def _in_chunks(analysis: Analysis) -> Iterator[Analysis]:
     """What is emitted here cuts every sum of more than two terms; nothing of it is shared with other plans."""
-    with mock.patch.multiple(certified, BLOCK=2, SHORT=2, LONG=2, BESIDE=2):
+    with mock.patch.object(gram, "BLOCK", 2), mock.patch.multiple(certified, SHORT=2, LONG=2, BESIDE=2):
         yield replace(analysis, memo={})
 
 

@@ -10,10 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PASSES = ROOT / "passes"
-BASE = {"errors", "device", "ir", "shapes", "forms", "finite", "certified", "plan", "origin", "cells"}
+BASE = {"errors", "device", "ir", "shapes", "forms", "finite", "bounds", "certified", "gram", "plan", "origin", "cells"}
 BASE |= {
     "flops",
     "joined",
+    "kernel_norms",
     "kernels",
     "layouts",
     "native",

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from dpcompile.certified import accurate
 from dpcompile.forms import Explicit, Form
+from dpcompile.rounding import accurate
 from dpcompile.rules.sites.base import Call, Tap, Work, per_sample_size, tapped
 from dpcompile.rules.sites.reduce import broadcasts, reduce_to
 
