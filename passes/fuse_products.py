@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from dpcompile import products
+from dpcompile.inline import PHASE
 from dpcompile.ir import Draft
 from dpcompile.passes.compute_again import backward_of
 from dpcompile.passes.rewrite import Order
@@ -23,12 +24,18 @@ aten = torch.ops.aten
 _TYPES = (torch.float32, torch.float64)
 
 
-def fuse_products(draft: Draft, _order: Order) -> Draft:
-    """The program with `products.summed` in the place of such sums in its backward; the forward stays bit for bit."""
+def fuse_products(draft: Draft, order: Order) -> Draft:
+    """The program with `products.summed` in the place of such sums in its backward; the forward stays bit for bit.
+
+    So does what is computed twice, where one of both might be left as it is: a clipped sum has to read what its norm
+    was taken of.
+    """
     program = draft.program
-    flowing = backward_of(program)
+    once = {
+        node for node in backward_of(program) if node.meta.get(PHASE) != "sum" and node.name not in order.plan.again
+    }
     for node in program.graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
-        found = _factors(node) if node in flowing else None
+        found = _factors(node) if node in once else None
         if found is not None:
             node.target, node.args, node.kwargs = products.summed, found, {}
     program.graph.eliminate_dead_code()
