@@ -22,8 +22,10 @@ from dpcompile.api import prove
 from dpcompile.budget import Schedule, Use
 from dpcompile.clipping import clipping_of
 from dpcompile.device import CPU
+from dpcompile.inline import PHASE
 from dpcompile.passes.choose_norms import modelled
 from dpcompile.plan import Method
+from dpcompile.products import summed
 from dpcompile.runtime import DPModule
 from dpcompile.twice import twice
 
@@ -74,6 +76,39 @@ def test_sums_are_the_same_bit_for_bit_and_less_is_booked(method: str, form: str
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert again.to_dict()["totals"]["flops_again"] > 0
     assert f"{len(again.again)} ops of the backward run twice" in str(again)
+
+
+class Gated(nn.Module):
+    """The gradient of a gate is a sum of products over positions, on its way to earlier layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        return self.head(h * self.gate(h.mean(1, keepdim=True)).sigmoid()).mean(1)
+
+
+def test_sums_of_products_that_run_twice_are_left_as_they_are() -> None:
+    torch.manual_seed(0)
+    model, x, y = Gated(), torch.randn(8, 150, 4), torch.arange(8) % 3
+    analysis = prove(model, x).conclude()
+    plan = analysis.plan("ghost")
+    again = all_again(analysis, plan)
+    nodes = analysis.backward.program.nodes()
+    assert torch.ops.aten.sum.dim_IntList in {nodes[name].target for name in again.again}
+    emitted = analysis.emit(again, clipping_of(analysis.trainable, 0.05))
+    assert emitted.backward is not None
+    fused = emitted.backward.graph.find_nodes(op="call_function", target=summed)
+    assert not [node for node in fused if node.name in again.again or node.meta.get(PHASE) == "sum"]
+    found = []
+    for chosen in (analysis.emit(plan, clipping_of(analysis.trainable, 0.05)), emitted):
+        model.zero_grad()
+        cross_entropy(DPModule(model, chosen)(x), y).mean().backward()
+        found.append(gradients(model))
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected)
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
