@@ -66,11 +66,13 @@ def _parts(reader: GroupReader, backward: Backward, e: int, kernels: bool) -> li
                 sizes |= {C: work.overlap.channels, U: work.overlap.pixels}
                 options = rules.patched(options, e)
                 unwritten = len(group.sites) == 1 and _as_it_is(group) and reads_patches(_device(alike[0], backward))
-                tiled = rules.gathered(tiled, e) if unwritten else rules.patched(tiled, e)
+                tiled = rules.gathered(tiled, e, padded=work.padded) if unwritten else rules.patched(tiled, e)
                 if len(group.sites) == 1 and group.space is not Space.PULLBACK and _as_it_is(group):
                     grad = backward.program.node(backward.sites[alike[0].name].grad).meta["val"]
                     few = by_kernel(grad.device, grad.dtype) or together((work.p, work.overlap.channels), 1)
-                    options |= rules.overlapping(e, work.overlap.kernel, doubled=doubled, together=few)
+                    options |= rules.overlapping(
+                        e, work.overlap.kernel, doubled=doubled, together=few, padded=work.padded
+                    )
                     if grad.device.type != "cpu":
                         del options[Method.STREAMED]  # cuDNN may not find the same gradient twice
             options |= tiled

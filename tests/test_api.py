@@ -189,6 +189,7 @@ def test_copies_train_alike_and_apart(dp_model: DPModule, way: str) -> None:
     assert twin.per_sample_norms.shape == (2,)
 
 
+@pytest.mark.slow
 def test_any_number_of_modules_is_compiled_by_torch_in_one_process(dp_model: DPModule) -> None:
     x, y = batch()
     expected = step(dp_model, x, y)

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from selection import every
 
 pytest.importorskip("sklearn")
 
@@ -38,9 +39,7 @@ def test_cnn_trains_privately(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert figure.stat().st_size > 0
 
 
-@pytest.mark.parametrize(
-    ("model", "size"), [("resnet18", 16), ("vgg19", 32), pytest.param("vit", 8, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("model", "size"), every(3, [("resnet18", 16), ("vgg19", 32), ("vit", 8)]))
 def test_every_model_of_cnn_is_captured_and_gives_logits_of_every_image(model: str, size: int) -> None:
     import torch
 
@@ -59,6 +58,7 @@ def test_cifar10_without_torchvision_says_what_to_install(monkeypatch: pytest.Mo
         example("cnn").main(["--data", "cifar10"])
 
 
+@pytest.mark.slow
 def test_nanobatch_finds_the_same_sums(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     figure = tmp_path / "nanobatch.png"
     assert example("nanobatch").main([*TINY_STEP, "--plot", str(figure)]) == 0
@@ -78,6 +78,7 @@ def test_nanobatch_notices_sums_that_differ(
     assert "the clipped sums DISAGREE" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_imagenet_pretrains_and_fine_tunes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     figure = tmp_path / "imagenet.png"
     arguments = ["--width", "2", "--image-size", "8", "--pretrain-epochs", "1", "--epochs", "2", "--frozen-blocks", "8"]

@@ -61,7 +61,7 @@ def test_a_small_model_prints_its_accuracy_and_what_it_spent(
     [
         pytest.param("full", 13_693_826, marks=pytest.mark.slow),
         pytest.param("lora", 13_058, marks=pytest.mark.slow),
-        ("bitfit", 5_378),
+        pytest.param("bitfit", 5_378, marks=pytest.mark.slow),
     ],
 )
 def test_minilm_is_tuned_as_asked(tune: str, trainable: int, capsys: pytest.CaptureFixture[str]) -> None:

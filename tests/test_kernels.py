@@ -22,7 +22,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="triton is made for Linux")
-@pytest.mark.parametrize("chosen", ["sums or square or told", pytest.param("", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", ["sums or square or told", ""])
 def test_kernels_in_the_interpreter(chosen: str) -> None:
     """Tests of test_tiles.py, of the ops alone or all. Without triton, which development needs, they fail."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

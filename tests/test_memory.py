@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_same_gradients, gradients
+from selection import every
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -101,8 +102,10 @@ def times_of(schedule: Schedule) -> Times:
     return {use.name: {m: known[use.name][m] for m in use.cost.choices} for use in schedule.uses}
 
 
-@pytest.mark.parametrize("method", ["auto", *(pytest.param(m, marks=pytest.mark.slow) for m in ("ghost", "explicit"))])
-@pytest.mark.parametrize("build", [*MODELS[:3], pytest.param(recurrent, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", every(3, ["auto", "ghost", "explicit"]))
+@pytest.mark.parametrize(
+    "build", [*MODELS[:2], *(pytest.param(build, marks=pytest.mark.slow) for build in (MODELS[2], recurrent))]
+)
 def test_the_memory_of_a_graph_is_what_is_counted(build: Callable[[], tuple[nn.Module, Tensor]], method: str) -> None:
     analysis, model, sample = analysed(build)
     plan = analysis.plan(method)
@@ -162,6 +165,7 @@ def test_a_budget_is_kept_and_the_gradients_are_the_same() -> None:
     assert_same_gradients(found[None], found[100.0 * 1e6], 1e-4)
 
 
+@pytest.mark.slow
 def test_a_budget_that_nothing_fits_says_what_would() -> None:
     model, sample = images()
     before = [p.clone() for p in model.parameters()]
@@ -318,7 +322,7 @@ def saved_bytes(model: nn.Module, call: Callable[[], Tensor]) -> int:
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("build", [perceptron, images, attention])
+@pytest.mark.parametrize("build", every(3, [attention, perceptron, images]))
 def test_no_more_is_saved_than_in_plain_training(build: Callable[[], tuple[nn.Module, Tensor]], backend: str) -> None:
     torch.manual_seed(0)
     model, sample = build()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from selection import every
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.data import TensorDataset
@@ -121,8 +123,7 @@ def test_without_a_clip_it_is_plain_autograd() -> None:
         torch.testing.assert_close(found[name], grad)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("physical", [3, 64])
+@pytest.mark.parametrize(("reduction", "physical"), every(3, itertools.product(("mean", "sum"), (3, 64))))
 def test_a_private_step_adds_it_once(physical: int, reduction: str) -> None:
     """However many physical batches a logical one has, none included."""
     model = Net()

@@ -246,8 +246,9 @@ def test_epsilon_is_that_of_the_steps_that_were_run() -> None:
     assert private.epsilon(accountant="rdp") > private.epsilon()
 
 
-def test_the_noise_is_calibrated_to_the_target_and_the_run_stops_before_exceeding_it() -> None:
-    private = run(noise_multiplier=None, target_epsilon=4.0, epochs=2)
+@pytest.mark.parametrize("accountant", [pytest.param("pld", marks=pytest.mark.slow), "rdp"])
+def test_the_noise_is_calibrated_to_the_target_and_the_run_stops_before_exceeding_it(accountant: str) -> None:
+    private = run(noise_multiplier=None, target_epsilon=4.0, epochs=2, accountant=accountant)
     before = train(private, 2)
     assert 3.9 < private.epsilon() <= 4.0
     with pytest.raises(PrivacyError, match=r"step 7 would exceed epsilon 4 at delta 0\.001"):

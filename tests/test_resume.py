@@ -32,6 +32,8 @@ from dpcompile.schemes import Poisson, Step
 
 SCRIPT = Path(__file__).with_name("resume_script.py")
 
+pytestmark = pytest.mark.slow  # a minute of training and dying, which all tests here look at
+
 
 @dataclass(frozen=True)
 class Report:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from selection import every
 from torch import Tensor, nn
 
 from dpcompile import DPCompileError, dpcompile
@@ -40,9 +42,9 @@ def mean_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.mse_loss(outputs, targets, reduction="none").mean((1, 2))
 
 
-@pytest.mark.parametrize("views", [1, 2])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("views", "reduction", "fused"), every(3, itertools.product((1, 2), ("mean", "sum"), (False, True)))
+)
 def test_a_right_graph_passes(views: int, reduction: str, fused: bool) -> None:
     model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
     options = {"loss_fn": mean_loss, "sample_targets": torch.randn(4, 6, 3)} if fused else {"loss_reduction": reduction}

@@ -67,10 +67,11 @@ def blocks(bands: Bands, positions: int) -> list[sympy.Expr]:
     return [sympy.Rational(area, positions**2) for area in areas]
 
 
-def overlapping(e: int, kernel: tuple[int, ...], *, doubled: bool, together: bool) -> dict[Method, Cost]:
+def overlapping(e: int, kernel: tuple[int, ...], *, doubled: bool, together: bool, padded: bool) -> dict[Method, Cost]:
     """Of a convolution whose patches are not written out: options beside those of `outer`.
 
-    `together`: kernels' gradients of all samples are one call (patches.by_kernel, patches.together).
+    `together`: kernels' gradients of all samples are one call (patches.by_kernel, patches.together); `padded`: of an
+    image that is copied first.
     """
     contraction, read = 2 * B * G * T * P * D, B * G * (T * P + U * C)
     weights, kept = G * P * D, B * G * P * D
@@ -79,6 +80,7 @@ def overlapping(e: int, kernel: tuple[int, ...], *, doubled: bool, together: boo
     squares = wide * B * G * ((5 + 2 * sum(kernel)) * T**2 + 2 * U**2)
     copies = 2 * read if doubled else sympy.Integer(0)
     booked = e * B * G * T * P
+    copied = B * G * U * C if padded else ZERO
     return {
         Method.SHIFTED: Cost(
             gram + contraction,
@@ -89,7 +91,7 @@ def overlapping(e: int, kernel: tuple[int, ...], *, doubled: bool, together: boo
         Method.LOOPED: Cost(
             contraction + 2 * kept,
             e * (read + (4 if together else 8) * kept + weights),
-            e * (kept + B * G * U * C),  # with an image that is padded
+            e * (kept + copied),
             e * kept,
             sympy.Integer(1) if together else B,
         ),
@@ -117,11 +119,12 @@ def tiled(e: int, *, doubled: bool) -> dict[Method, Cost]:
     }
 
 
-def gathered(options: dict[Method, Cost], e: int) -> dict[Method, Cost]:
+def gathered(options: dict[Method, Cost], e: int, *, padded: bool) -> dict[Method, Cost]:
     """Those of `tiled` whose columns are found in an image: it is read, and each column is put into cache once."""
     columns, pixels = e * B * G * T * D, e * B * G * U * C
+    copied = pixels if padded else ZERO
     return {
-        m: replace(c, bytes=c.bytes - 2 * columns + 3 * pixels, transient=c.transient + pixels)
+        m: replace(c, bytes=c.bytes - 2 * columns + pixels + 2 * copied, transient=c.transient + copied)
         for m, c in options.items()
     }
 

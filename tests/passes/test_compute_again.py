@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import all_again, check_module, compile_all, loss_at, randomised, step
 from oracle import PerSampleGradients, assert_close, assert_same_gradients, gradients
+from selection import every
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode
@@ -53,8 +54,7 @@ def test_every_method_is_exact(size: int, kernel: int, width: int) -> None:
     check_module(Net(kernel, width), torch.randn(3, 2, size, size + 1), methods=("again",), batch_sizes=(3, 0))
 
 
-@pytest.mark.parametrize("form", ["split", "fused"])
-@pytest.mark.parametrize("method", ["ghost", "paper"])
+@pytest.mark.parametrize(("form", "method"), every(3, itertools.product(("split", "fused"), ("ghost", "paper"))))
 def test_sums_are_the_same_bit_for_bit_and_less_is_booked(method: str, form: str) -> None:
     torch.manual_seed(0)
     model, x, y = Net(rate=0.4), torch.randn(8, 2, 16, 16), torch.arange(8) % 3
@@ -115,7 +115,8 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs, targets, reduction="none")
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_it_is_exact(backend: str) -> None:
     check_module(Net(), torch.randn(3, 2, 5, 5), methods=("again",), batch_sizes=(3,), backend=backend)
 

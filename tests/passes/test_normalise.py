@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from layers import Apply, check_module
+from selection import every
 from torch import Tensor, nn
 
 from dpcompile import dpcompile
@@ -15,8 +16,9 @@ from dpcompile.errors import BatchMixingError
 IDS = torch.tensor([[0, 1, 2], [2, 3, 4], [4, 4, 1], [0, 0, 0]])
 
 
-@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
-@pytest.mark.parametrize("padding_idx", [None, 0, -1])
+@pytest.mark.parametrize(
+    ("mode", "padding_idx"), every(4, [(mode, row) for row in (None, 0, -1) for mode in ("sum", "mean", "max")])
+)
 def test_bags_of_equal_size_are_look_ups(mode: str, padding_idx: int | None) -> None:
     found = check_module(nn.EmbeddingBag(5, 3, mode=mode, padding_idx=padding_idx), IDS)
     assert found.rules == {"embedding:weight": "embedding"}

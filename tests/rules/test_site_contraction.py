@@ -9,6 +9,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from layers import EVERY_FORM, FORCED, Apply, check_module, folded_loss, loss_at
+from selection import every
 from torch import nn
 
 small = settings(max_examples=3, deadline=None, derandomize=True)
@@ -90,7 +91,7 @@ PRODUCTS: dict[str, tuple[Callable[..., torch.Tensor], dict[str, tuple[int, ...]
 }
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("name", every(2, PRODUCTS))
 def test_product_with_a_parameter(name: str) -> None:
     function, parameters, shape = PRODUCTS[name]
     check_module(Apply(function, **parameters), torch.randn(3, *shape))
@@ -229,7 +230,7 @@ SPREAD = {
 }
 
 
-@pytest.mark.parametrize("name", SPREAD)
+@pytest.mark.parametrize("name", every(3, SPREAD))
 def test_einsum_that_spreads(name: str) -> None:
     equation, sample, weight = SPREAD[name]
     check_module(

@@ -93,6 +93,11 @@ class Work:
     marker: str = ""  # for a look-up: which row gets no gradient
     overlap: Overlap | None = None
 
+    @property
+    def padded(self) -> bool:
+        """Whether the image has zeros put around it, or is cut to what patches reach."""
+        return self.overlap is not None and self.overlap.image != self.G * self.overlap.channels * self.overlap.pixels
+
 
 class SiteRule(Protocol):
     """One family of ops. Rules are plain functions of tensors; passes trace and inline them."""
