@@ -39,6 +39,7 @@ from dpcompile.passes.measure_sites import candidates, measure_sites
 from dpcompile.passes.normalise import normalise
 from dpcompile.passes.part_gradients import part_gradients
 from dpcompile.passes.penalty import penalty
+from dpcompile.passes.pool_by_rows import pool_by_rows
 from dpcompile.passes.reweight_gradients import reweight_gradients
 from dpcompile.passes.rewrite import Order, Rewrite, rewrite
 from dpcompile.passes.scale_in_place import scale_in_place
@@ -65,6 +66,7 @@ REWRITES: tuple[Rewrite, ...] = (
     spare_masks,  # of the marks that tidy has merged
     fuse_products,  # that tidy has left apart
     keep_layouts,
+    pool_by_rows,
     scale_in_place,  # when the order of ops is settled
 )
 """What is written behind the traced backward, in order; the verifier runs behind each."""

@@ -21,7 +21,7 @@ from dpcompile.device import cache_directory
 from dpcompile.rounding import norm_slack
 
 HERE = Path(__file__).parent
-SOURCES, HEADER = ("tiles.cpp", "recurrent.cpp", "sums.cpp"), "blocks.h"
+SOURCES, HEADER = ("tiles.cpp", "recurrent.cpp", "sums.cpp", "pools.cpp"), "blocks.h"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 SPAN = 128
 """Products that are added up one after the other; the sums of longer ones are added in turn. As tiles.cpp has it."""
@@ -165,6 +165,25 @@ def products(
         kernel = getattr(found, f"products_{_short(x.dtype)}")
         kernel((ctypes.c_int64 * 4)(*parts), *given, torch.get_num_threads(), ctypes.c_void_p(out.data_ptr()))
     return out
+
+
+def max_pool(
+    images: torch.Tensor, windows: Sequence[int], geometry: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest number under each of [rows, columns] windows of contiguous images [N, C, H, W], and int64 its place.
+
+    `geometry`: kernel, stride, padding and dilation of height and width.
+    """
+    found = library()
+    assert found is not None
+    *planes, high, wide = images.shape
+    out = images.new_empty((*planes, *windows))
+    at = torch.empty(out.shape, dtype=torch.int64)
+    sizes = (math.prod(planes), high, wide, *windows, *geometry)
+    kernel = getattr(found, f"max_pool_{_short(images.dtype)}")
+    given = (ctypes.c_void_p(images.data_ptr()), (ctypes.c_int64 * len(sizes))(*sizes), torch.get_num_threads())
+    kernel(*given, ctypes.c_void_p(out.data_ptr()), ctypes.c_void_p(at.data_ptr()))
+    return out, at
 
 
 def recurrence(
