@@ -36,7 +36,7 @@ from torch import Tensor
 from workloads import WORKLOADS, Workload
 
 from dpcompile import dpcompile, steptime
-from dpcompile.device import calibrated
+from dpcompile.calibration import calibrated
 
 
 def predictions(workload: Workload, args: argparse.Namespace) -> dict[str, Any]:

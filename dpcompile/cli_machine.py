@@ -11,6 +11,7 @@ import torch
 import typer
 
 from dpcompile.api import dpcompile
+from dpcompile.calibration import calibrated
 from dpcompile.cli_common import (
     BatchOption,
     DeviceOption,
@@ -24,7 +25,7 @@ from dpcompile.cli_common import (
     told,
     write,
 )
-from dpcompile.device import calibrated, save
+from dpcompile.device import save
 from dpcompile.largest import largest_batches
 from dpcompile.live_memory import peak_of
 from dpcompile.report import table_text

@@ -5,15 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 NARROW = 32
 """Rows that a product needs more of to run at the device's full rate."""
@@ -31,6 +26,7 @@ class DeviceSpec:
     s_per_fork: float = 0.0  # more of an op that several threads share
     attention_flops_per_s: float = 0.0  # sustained rate of fused attention; 0: that of products
     narrow_flops_per_s: float = 0.0  # sustained rate of products with a side of NARROW or less; 0: that of others
+    kernel_flops_per_s: float = 0.0  # sustained rate of our own kernels for norms; 0: that of products
     s_per_tanh: float = 0.0  # of an element, where that takes longer than to write it
     s_per_maximum: float = 0.0  # of an element of pooling's result
 
@@ -41,8 +37,8 @@ class DeviceSpec:
 
 # Sustained on two cores of a server CPU with AVX-512: sgemm 4096^3, a copy of 1 GB, a small convolution's backward, a
 # sum of small tensors and one that two threads share, attention of 64 heads over 128 positions, sgemm 32 x 256 x 1024,
-# tanh and max-pooling of millions of elements.
-CPU = DeviceSpec("cpu", 1.5e11, 1.2e10, 1.5e-4, 3e-6, 5e-5, 4.5e10, 7e10, 2e-9, 1e-8)
+# ghost norms by a kernel, tanh and max-pooling of millions of elements.
+CPU = DeviceSpec("cpu", 1.5e11, 1.2e10, 1.5e-4, 3e-6, 5e-5, 4.5e10, 7e10, 9e10, 2e-9, 3e-9)
 # Data sheets at 60 % of the peaks, float32 without TF32: H100 SXM 67e12 and HBM3 3.35e12 B/s, A100 19.5e12 and 2.0e12.
 CUDA = DeviceSpec("cuda", 4.0e13, 2.0e12, 1e-5, 5e-6)
 NAMED = {
@@ -96,40 +92,6 @@ def device_name(device: torch.device) -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
-def calibrated(device: torch.device, *, rounds: int = 7) -> DeviceSpec:
-    """The rates of a device that is here: medians of products 2048^3, copies of 256 MB, small ops and attention."""
-    n = 2048
-    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
-    source = torch.ones(2**26, device=device)
-    target = torch.empty_like(source)
-    small, kernel = torch.randn(1, 8, 8, 8, device=device), torch.randn(8, 8, 1, 1, device=device)
-    product = _median(lambda: a @ b, device, rounds)
-    copy = _median(lambda: target.copy_(source), device, rounds)
-    looped = (small, small, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False])
-    call = _median(lambda: [torch.ops.aten.convolution_backward(*looped) for _ in range(100)], device, rounds) / 100
-    op = _median(lambda: [torch.ops.aten.add.Tensor(small, small) for _ in range(1000)], device, rounds) / 1000
-    wide = torch.randn(2 * FORK, device=device)
-    shared = _median(lambda: [torch.ops.aten.add.Tensor(wide, wide) for _ in range(100)], device, rounds) / 100
-    query = torch.randn(16, 4, 128, 64, device=device)
-    heads = _median(lambda: F.scaled_dot_product_attention(query, query, query), device, rounds)
-    rows, table = torch.randn(NARROW, 256, device=device), torch.randn(256, 1024, device=device)
-    narrow = _median(lambda: [rows @ table for _ in range(20)], device, rounds) / 20
-    tanh = _median(lambda: torch.tanh(a), device, rounds) / a.numel()
-    maximum = _median(lambda: F.max_pool2d(a.view(-1, 16, 32, 32), 2), device, rounds) / (a.numel() / 4)
-    return DeviceSpec(
-        device_name(device),
-        flops_per_s=2 * n**3 / product,
-        bytes_per_s=2 * source.numel() * source.element_size() / copy,
-        s_per_call=call,
-        s_per_op=op,
-        s_per_fork=max(shared - op, 0.0) if device.type == "cpu" and torch.get_num_threads() > 1 else 0.0,
-        attention_flops_per_s=4 * query.numel() * query.shape[2] / heads,
-        narrow_flops_per_s=2 * rows.numel() * table.shape[1] / narrow,
-        s_per_tanh=tanh,
-        s_per_maximum=maximum,
-    )
-
-
 def save(spec: DeviceSpec) -> Path:
     """Keep the spec for plans on this machine."""
     path = cache_directory() / "devices.json"
@@ -145,19 +107,3 @@ def _saved() -> dict[str, DeviceSpec]:
         return {name: DeviceSpec(**own) for name, own in found.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-
-
-def _median(run: Callable[[], Any], device: torch.device, rounds: int) -> float:
-    seconds = []
-    for _ in range(rounds + 2):
-        _wait(device)
-        started = time.perf_counter()
-        run()
-        _wait(device)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[2:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -436,6 +436,11 @@ def _looped(node: fx.Node) -> bool:
     return node.target in CALLS and not _native(_tensor(node, 0))
 
 
+def by_kernel(node: fx.Node) -> bool:
+    """Whether it is a recurrence that a kernel of our own goes through."""
+    return node.target in CALLS and not _looped(node)
+
+
 def sides_of_step(node: fx.Node) -> tuple[Any, ...]:
     """Of the product with the weight that each step has: samples, and the weight's own. None in a loop of our own."""
     if not _looped(node):

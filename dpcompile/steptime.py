@@ -13,16 +13,20 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from dpcompile import kernels, patches
 from dpcompile.device import FORK, NARROW, DeviceSpec
 from dpcompile.finite import finite_rows
 from dpcompile.flops import flops_of, is_attention, sides_of
 from dpcompile.ir import Program
 from dpcompile.memory import Storages
-from dpcompile.recurrent import GRU, LSTM, RNN, calls_of, steps_of
+from dpcompile.pools import max_pool
+from dpcompile.recurrent import GRU, LSTM, RNN, by_kernel, calls_of, steps_of
 from dpcompile.shapes import size_of
 from dpcompile.torch_internals import sample_sizes
 
 aten = torch.ops.aten
+
+_OURS = (*kernels.OPS, patches.OP, patches.SQUARES, patches.SUM)
 
 
 def seconds(program: Program, device: DeviceSpec, batch_size: int) -> float:
@@ -48,7 +52,9 @@ def times(program: Program, device: DeviceSpec, batch_size: int) -> dict[fx.Node
         elements = storages.size_of(tensors[0]).at(batch_size) / tensors[0].element_size()
         flops = _number(flops_of(node), sizes)
         rate = (is_attention(node) and device.attention_flops_per_s) or device.flops_per_s
-        if any(_number(size_of(side), sizes) <= NARROW for side in sides_of(node)):
+        if node.target in _OURS or by_kernel(node):
+            rate = device.kernel_flops_per_s or rate
+        elif any(_number(size_of(side), sizes) <= NARROW for side in sides_of(node)):
             rate = device.narrow_flops_per_s or rate
         shared = bool(flops) or elements >= FORK
         slow = elements * _slow(device).get(node.target, 0.0)
@@ -69,6 +75,6 @@ def _slow(device: DeviceSpec) -> dict[Any, float]:
     gates = {LSTM: 5, GRU: 3, RNN: 1}  # sigmoids and tanhs for each element of a state
     return {
         aten.tanh.default: device.s_per_tanh,
-        aten.max_pool2d_with_indices.default: device.s_per_maximum,
+        max_pool: device.s_per_maximum,
         **{op: count * device.s_per_tanh for op, count in gates.items()},
     }
