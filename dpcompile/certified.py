@@ -34,6 +34,7 @@ from dpcompile.forms import (
     flat,
     in_float64,
     merge,
+    segment_sums,
     spans,
     swapped,
     written_out,
@@ -113,7 +114,8 @@ def kept_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def dropped_norm(forms: Sequence[Form], *, tiled: bool = False) -> torch.Tensor:
-    """[2, B] from the explicit gradient, which the clipped sum forms once more in another order.
+    """[2, B] from the explicit gradient, which the clipped sum forms once more in another order; of look-ups alone from
+    the rows of it that are not zero.
 
     `tiled`: by a kernel that writes nothing, for a single use or several that are one (kernels.py).
     """
@@ -121,12 +123,14 @@ def dropped_norm(forms: Sequence[Form], *, tiled: bool = False) -> torch.Tensor:
         return tiled_norm(use)
     grads: list[torch.Tensor] = []
     error = 0.0
-    for form in map(written_out, merge(forms)):
+    merged = list(map(written_out, merge(forms)))
+    for form in merged:
         made = form
         if not isinstance(form, Explicit):
             made = in_float64(form) if doubled(form) else form
             error = error + (explicit_gamma(made) + sum_gamma(form)) * sum_of_lengths(form)
-        grads.append(explicit(made))
+        alone = len(merged) == 1 and isinstance(made, OneHot)
+        grads.append(segment_sums(made) if alone else explicit(made))
     grad = added(grads)
     square = sq_norm(grad) * (1 + 4 * storage_unit(grad.dtype))  # what was written down is not what the sum adds
     return torch.stack([square, torch.zeros_like(square) + error**2])

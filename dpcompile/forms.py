@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from dpcompile import finite
 from dpcompile.patches import Window, kernel_gradient, kernel_gradients, kernel_sum, patches
@@ -192,6 +193,19 @@ def _scattered(form: OneHot, grad: torch.Tensor) -> torch.Tensor:
     blocks = grad.permute(0, *(1 + dim for dim in order)).flatten(2)
     index_BTd = form.index_BT.unsqueeze(-1).expand(form.cols_BTd.shape)
     return _to_shape(blocks.scatter_add(1, index_BTd, form.cols_BTd), form, batched=True)
+
+
+def segment_sums(form: OneHot) -> torch.Tensor:
+    """[B, T, d]: the rows of each sample's gradient that are not zero, in some order, behind them zeros.
+
+    Positions are sorted by the row that they look up, so that no table is written.
+    """
+    order_BT = form.index_BT.argsort(1)
+    sorted_BT = form.index_BT.gather(1, order_BT)
+    starts_BT = F.pad(sorted_BT[:, 1:] != sorted_BT[:, :-1], (1, 0))
+    place_BT = torch.zeros_like(order_BT).scatter(1, order_BT, starts_BT.cumsum(1))
+    into_BTd = place_BT.unsqueeze(-1).expand(form.cols_BTd.shape)
+    return torch.zeros_like(form.cols_BTd).scatter_add(1, into_BTd, form.cols_BTd)
 
 
 def _to_shape(blocks: torch.Tensor, form: Outer | OneHot, *, batched: bool) -> torch.Tensor:

@@ -77,7 +77,7 @@ def _parts(reader: GroupReader, backward: Backward, e: int, kernels: bool) -> li
                         del options[Method.STREAMED]  # cuDNN may not find the same gradient twice
             options |= tiled
         elif work.kind == "onehot":
-            plain, options = rules.onehot(e)
+            plain, options = rules.onehot(e, alone=len(merged) == 1)
             booked = 8 * B * T  # an index for each position
         else:
             plain, options = rules.explicit(e)

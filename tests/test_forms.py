@@ -21,6 +21,7 @@ from dpcompile.forms import (
     explicit,
     in_float64,
     merge,
+    segment_sums,
     transposed,
     weighted_sum,
 )
@@ -92,6 +93,19 @@ def some_forms(seed: int, batch: int, length: int, rows: int, cols: int) -> list
 def test_explicit_is_the_definition(seed: int, batch: int, length: int, rows: int, cols: int, groups: int) -> None:
     for form in [*some_forms(seed, batch, length, rows, cols), grouped(batch, groups, length, rows, cols)]:
         torch.testing.assert_close(explicit(form), written_out(form))
+
+
+@check
+@given(seed=seeds, batch=batches, length=st.integers(0, 9), rows=sizes, cols=sizes)
+def test_segment_sums_are_the_rows_that_are_not_zero(seed: int, batch: int, length: int, rows: int, cols: int) -> None:
+    torch.manual_seed(seed)
+    form = onehot(batch, length, rows, cols)
+    whole, found = written_out(form), segment_sums(form)
+    assert found.shape == (batch, length, cols)
+    for i in range(batch):
+        used = form.index_BT[i].unique()
+        torch.testing.assert_close(found[i, : len(used)], whole[i, used])
+        assert not found[i, len(used) :].any()
 
 
 @check

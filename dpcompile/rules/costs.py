@@ -4,7 +4,7 @@ Flops are those of the matrix products in forms.py and equal what torch's FlopCo
 
     form      ghost norm          explicit norm   clipped sum                       source
     outer     2 B G T^2 (p + d)*  2 B G T p d     2 B G T p d, kept: 2 B G p d      2210.00038 table 3
-    onehot    2 B T^2 d           0 (scatter)     0 (index_add), kept: 2 B p d      2205.10683 section 3
+    onehot    2 B T^2 d           0 (sums)        0 (index_add), kept: 2 B p d      2205.10683 section 3
     explicit  -                   0               2 B p
     cross     2 B T_1 T_2 d       0               0                                 ours: tied look-up and head
     shifted   2 B G (U^2 C + T^2 p)               2 B G T p d                       ours: convolutions (patches.py)
@@ -135,12 +135,14 @@ def patched(options: dict[Method, Cost], e: int) -> dict[Method, Cost]:
     return {m: replace(c, bytes=c.bytes + 6 * size, transient=c.transient + size) for m, c in options.items()}
 
 
-def onehot(e: int) -> tuple[Cost, dict[Method, Cost]]:
+def onehot(e: int, *, alone: bool) -> tuple[Cost, dict[Method, Cost]]:
+    """`alone`: no dense gradient is added, so that explicit norms are those of segment sums (forms.segment_sums)."""
     read, table, kept = B * T * D, P * D, B * P * D
+    sums, places = (read, 8 * 16 * B * T) if alone else (kept, ZERO)  # written twice and read twice; sorted places
     plain = Cost(ZERO, e * (read + table), ZERO, ZERO)
     options = {
         Method.GHOST: Cost(2 * B * T**2 * D, e * (4 * read + 4 * B * T**2 + table), e * 3 * B * T**2, e * read),
-        Method.EXPLICIT: Cost(ZERO, e * (4 * read + 4 * kept + table), e * 2 * kept, e * read),
+        Method.EXPLICIT: Cost(ZERO, e * (4 * read + 4 * sums + table) + places, e * 2 * sums + places / 4, e * read),
         Method.KEPT: Cost(2 * kept, e * (2 * read + 5 * kept + table), e * kept, e * kept),
     }
     return plain, options
