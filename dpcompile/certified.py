@@ -129,8 +129,7 @@ def dropped_norm(forms: Sequence[Form], *, tiled: bool = False) -> torch.Tensor:
         if not isinstance(form, Explicit):
             made = in_float64(form) if doubled(form) else form
             error = error + (explicit_gamma(made) + sum_gamma(form)) * sum_of_lengths(form)
-        alone = len(merged) == 1 and isinstance(made, OneHot)
-        grads.append(segment_sums(made) if alone else explicit(made))
+        grads.append(segment_sums(made) if isinstance(made, OneHot) and len(merged) == 1 else explicit(made))
     grad = added(grads)
     square = sq_norm(grad) * (1 + 4 * storage_unit(grad.dtype))  # what was written down is not what the sum adds
     return torch.stack([square, torch.zeros_like(square) + error**2])
