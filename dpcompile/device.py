@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 NARROW = 32
-"""Rows that a product needs more of to run at the device's full rate."""
+"""The smallest side of a product at which its rate is measured, beside that of a wide one."""
 FORK = 2**15
 """Elements from which a CPU shares an op among threads (at::internal::GRAIN_SIZE)."""
 
@@ -25,7 +25,7 @@ class DeviceSpec:
     s_per_op: float = 0.0  # of any op of a graph, whatever its size
     s_per_fork: float = 0.0  # more of an op that several threads share
     attention_flops_per_s: float = 0.0  # sustained rate of fused attention; 0: that of products
-    narrow_flops_per_s: float = 0.0  # sustained rate of products with a side of NARROW or less; 0: that of others
+    narrow_flops_per_s: float = 0.0  # sustained rate of products with a side of NARROW; 0: that of wide ones
     kernel_flops_per_s: float = 0.0  # sustained rate of our own kernels for norms; 0: that of products
     s_per_tanh: float = 0.0  # of an element, where that takes longer than to write it
     s_per_maximum: float = 0.0  # of an element of pooling's result
@@ -33,6 +33,17 @@ class DeviceSpec:
     def time_s(self, flops: float, bytes_moved: float, calls: float = 0) -> float:
         """Arithmetic, memory traffic and calls one after the other: an upper bound, the same for every candidate."""
         return flops / self.flops_per_s + bytes_moved / self.bytes_per_s + calls * self.s_per_call
+
+    def product_rate(self, side: float) -> float:
+        """Flops per second of a product by its smallest side.
+
+        What it takes beside its arithmetic, to bring the larger factor into place, is shared by as many rows: 1 / side
+        of it for each flop, between the two rates that are known. Below NARROW it is taken for constant.
+        """
+        if not self.narrow_flops_per_s:
+            return self.flops_per_s
+        share = NARROW / max(side, NARROW)
+        return 1 / ((1 - share) / self.flops_per_s + share / self.narrow_flops_per_s)
 
 
 # Sustained on two cores of a server CPU with AVX-512: sgemm 4096^3, a copy of 1 GB, a small convolution's backward, a

@@ -14,7 +14,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from dpcompile import kernels, patches
-from dpcompile.device import FORK, NARROW, DeviceSpec
+from dpcompile.device import FORK, DeviceSpec
 from dpcompile.finite import finite_rows
 from dpcompile.flops import flops_of, is_attention, sides_of
 from dpcompile.ir import Program
@@ -51,17 +51,23 @@ def times(program: Program, device: DeviceSpec, batch_size: int) -> dict[fx.Node
         moved = sum(storages.size_of(tensor).at(batch_size) for tensor in tensors)
         elements = storages.size_of(tensors[0]).at(batch_size) / tensors[0].element_size()
         flops = _number(flops_of(node), sizes)
-        rate = (is_attention(node) and device.attention_flops_per_s) or device.flops_per_s
-        if node.target in _OURS or by_kernel(node):
-            rate = device.kernel_flops_per_s or rate
-        elif any(_number(size_of(side), sizes) <= NARROW for side in sides_of(node)):
-            rate = device.narrow_flops_per_s or rate
+        rate = _rate(node, device, sizes)
         shared = bool(flops) or elements >= FORK
         slow = elements * _slow(device).get(node.target, 0.0)
         found[node] += (
             shared * device.s_per_fork * steps_of(node) + flops / rate + max(moved / device.bytes_per_s, slow)
         )
     return found
+
+
+def _rate(node: fx.Node, device: DeviceSpec, sizes: Mapping[sympy.Symbol, int]) -> float:
+    """Flops per second."""
+    if is_attention(node) and device.attention_flops_per_s:
+        return device.attention_flops_per_s
+    if (node.target in _OURS or by_kernel(node)) and device.kernel_flops_per_s:
+        return device.kernel_flops_per_s
+    sides = [_number(size_of(side), sizes) for side in sides_of(node)]
+    return device.product_rate(min(sides)) if sides else device.flops_per_s
 
 
 def _number(count: Any, sizes: Mapping[sympy.Symbol, int]) -> float:

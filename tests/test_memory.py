@@ -23,7 +23,7 @@ from dpcompile.api import Analysis, prove
 from dpcompile.budget import Schedule
 from dpcompile.cli import app
 from dpcompile.clipping import clipping_of
-from dpcompile.device import CPU, DeviceSpec, device_name, spec_for
+from dpcompile.device import CPU, NARROW, DeviceSpec, device_name, spec_for
 from dpcompile.errors import DPCompileError
 from dpcompile.largest import largest_batches
 from dpcompile.live_memory import peak_of
@@ -300,6 +300,16 @@ def test_calibrated_rates_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert analysis.plan().device == spec
     assert analysis.plan(device=replace(CPU, name="other")).device.name == "other"
     assert RUNNER.invoke(app, ["calibrate-device", "--device", "abacus"]).exit_code == 2
+
+
+def test_products_have_their_rate_by_their_smallest_side() -> None:
+    spec = DeviceSpec("some", flops_per_s=2e11, bytes_per_s=1e10, narrow_flops_per_s=5e10)
+    rates = [spec.product_rate(side) for side in (1, NARROW, 64, 256, 4096)]
+    assert rates[0] == rates[1] == pytest.approx(5e10)
+    assert rates[1:] == sorted(rates[1:])
+    assert rates[2] == pytest.approx(8e10)  # half of what is beside the arithmetic
+    assert 0.97 * 2e11 < rates[4] < 2e11
+    assert replace(spec, narrow_flops_per_s=0.0).product_rate(NARROW) == 2e11
 
 
 # ---------------------------------------------------------------- what is saved for the backward
