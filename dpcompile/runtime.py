@@ -241,7 +241,9 @@ class DPModule(nn.Module):
         for item in program.inputs:
             if item.kind is InputKind.USER:
                 value = next(users)
-                found.append(value.contiguous() if isinstance(value, torch.Tensor) else value)
+                value = value.contiguous() if isinstance(value, torch.Tensor) else value
+                twice = isinstance(value, torch.Tensor) and any(value is other for other in found)
+                found.append(value.view_as(value) if twice else value)  # a compiler takes no tensor two times
             elif item.kind is InputKind.CONSTANT:
                 found.append(program.constants[item.target])
             elif item.kind is InputKind.PARAMETER:

@@ -437,6 +437,19 @@ def test_the_fused_form_gives_the_loss_and_the_gradients_of_the_split_form(model
         fused.train()
 
 
+def test_targets_may_be_the_inputs_themselves() -> None:
+    """As those of language models are; torch.compile takes no tensor two times."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4))
+    x = torch.randn(5, 4)
+    fused = dpcompile(model, x, max_grad_norm=0.1, loss_fn=F.mse_loss, sample_targets=x.clone())
+    F.mse_loss(dpcompile(model, x, max_grad_norm=0.1)(x), x).backward()
+    expected = grads(model)
+    for run in (fused, torch.compile(fused, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        run(x, targets=x).backward()
+        torch.testing.assert_close(grads(model), expected)
+
+
 def test_a_scalar_sum_of_losses_is_a_sum(model: Net) -> None:
     x, y = batch()
     expected = step(dpcompile(model, x, max_grad_norm=0.1), x, y)
