@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from dpcompile import settled
+
 aten = torch.ops.aten
 
 _FUNCTIONS: dict[Any, Any] = {
@@ -31,6 +33,7 @@ _FUNCTIONS: dict[Any, Any] = {
     aten.sub.Tensor: torch.sub,
     aten.sum.dim_IntList: torch.sum,
     aten.unsqueeze.default: torch.unsqueeze,
+    settled.OP: settled.itself,
 }
 """Of equal arguments."""
 

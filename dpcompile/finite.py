@@ -38,3 +38,12 @@ def unless_all(finite_B: torch.Tensor) -> torch.Tensor | None:
 def finite_rows(tensor: torch.Tensor, mask_B: torch.Tensor | None) -> torch.Tensor:
     """The tensor itself where there is nothing to clear."""
     return tensor if mask_B is None else cleared(tensor, mask_B)
+
+
+def weighted_rows(weight_1B: torch.Tensor, values_Bn: torch.Tensor, mask_B: torch.Tensor | None) -> torch.Tensor:
+    """[1, n] weight @ values without the rows to be cleared; a compiler goes through them once and copies nothing."""
+    if mask_B is None:
+        return torch.mm(weight_1B, values_Bn)
+    if not torch.compiler.is_compiling():
+        return torch.mm(weight_1B, cleared(values_Bn, mask_B))
+    return torch.where(mask_B.unsqueeze(1), weight_1B.mT * values_Bn, 0).sum(0, keepdim=True)

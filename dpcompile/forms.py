@@ -173,6 +173,7 @@ def explicit(form: Form) -> torch.Tensor:
         return kernel_gradients(form.rows, form.image, form.window, form.shape)
     if isinstance(form, OneHot):
         return _scattered(form, form.cols_BTd.new_zeros(form.cols_BTd.shape[0], *form.shape))
+    form = _in_order(form)
     blocks = form.rows_BGTp.flatten(0, 1).transpose(1, 2) @ form.cols_BGTd.flatten(0, 1)
     return _to_shape(blocks.unflatten(0, form.rows_BGTp.shape[:2]), form, batched=True)
 
@@ -193,6 +194,11 @@ def _scattered(form: OneHot, grad: torch.Tensor) -> torch.Tensor:
     blocks = grad.permute(0, *(1 + dim for dim in order)).flatten(2)
     index_BTd = form.index_BT.unsqueeze(-1).expand(form.cols_BTd.shape)
     return _to_shape(blocks.scatter_add(1, index_BTd, form.cols_BTd), form, batched=True)
+
+
+def _in_order(form: Outer) -> Outer:
+    """The same with rows that span the value's earlier dimensions: products of both lie in memory as it does."""
+    return swapped(form) if form.row_dims > form.col_dims else form
 
 
 def segment_sums(form: OneHot) -> torch.Tensor:
@@ -300,6 +306,7 @@ def weighted_sum(
             return weighted_sum(written_out(form), weight_B, finite_B)
         rows, image = _finite(form.rows, finite_B), _finite(form.image, finite_B)
         return kernel_gradient(_scaled(rows, weight_B), image, form.window, form.shape)
+    form = _in_order(form)
     rows, cols = _finite(form.rows_BGTp, finite_B), _finite(form.cols_BGTd, finite_B)
     if hint(rows.shape[-1]) <= IN_PLACE * hint(cols.shape[-1]):
         rows = _scaled(rows, weight_B)

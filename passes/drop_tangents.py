@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from dpcompile import joined, kernels, patches
-from dpcompile.finite import finite_rows
+from dpcompile import joined, kernels, patches, settled
+from dpcompile.finite import finite_rows, weighted_rows
 from dpcompile.ir import InputKind, OutputKind, Program
 from dpcompile.passes.scale_in_place import copied
 from dpcompile.products import summed
@@ -29,7 +29,7 @@ _KEEP_ZERO = {
     aten._to_copy, aten.neg, aten.sum, aten.mean, aten.unsqueeze, aten.squeeze, aten.slice, aten.select, aten.div,
     aten.split, aten.split_with_sizes, aten.unbind, aten.sqrt, aten.unfold, aten.flip, aten.roll, aten.repeat,
     aten.index_select, aten.gather, aten.diagonal, aten.movedim, aten.abs, aten.zeros_like, aten.linalg_vector_norm,
-    aten.square, aten.constant_pad_nd,
+    aten.square, aten.constant_pad_nd, settled.OP.overloadpacket,
 }  # fmt: skip
 # Zero where any argument is.
 _PRODUCTS = {aten.mul, aten.mm, aten.bmm, aten.matmul, patches.OP.overloadpacket}
@@ -91,6 +91,8 @@ def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
         return True
     if node.target in (finite_rows, twice):
         return first in zeros
+    if node.target is weighted_rows:
+        return node.args[1] in zeros
     if node.target is summed:
         return first in zeros or node.args[3] in zeros
     if packet is aten.convolution_backward and node.args[-1] == [False, True, False]:  # of the kernel: a product

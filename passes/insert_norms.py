@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from dpcompile import records  # registers the op that carries norms out of a compiled backward
+from dpcompile import (
+    records,  # registers the op that carries norms out of a compiled backward
+    settled,
+)
 from dpcompile.certified import dropped_norm, ghost_norm, kept_norm, streamed_norm
 from dpcompile.forms import Patched, added, written_out
 from dpcompile.inline import inline
@@ -135,6 +138,7 @@ def _join(order: Order, dtype: torch.dtype):
     def join(*parts: torch.Tensor) -> list[torch.Tensor]:
         square, error = added(parts).unbind()
         norms = ((square.sqrt() + error.sqrt()) * (1 + 8 * unit(dtype))).to(dtype)  # and for the factors' own rounding
+        norms = settled.OP(norms)
         if order.fused:
             return [norms]
         return [norms * norms.shape[0] if order.mean else norms / order.views if order.views > 1 else norms]
