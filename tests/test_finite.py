@@ -1,0 +1,62 @@
+"""Samples that are not finite, where kept gradients are summed: eagerly and under a compiler."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dpcompile import dpcompile, finite, settled
+
+KEPT = {"length": 200, "width": 48}  # one weight at many positions: its gradients are kept, and worth a loop
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_such_a_sample_adds_nothing_to_kept_gradients(fused: bool, backend: str | None) -> None:
+    torch.manual_seed(0)
+    width = KEPT["width"]
+    model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+    x, y = torch.randn(2, 5, KEPT["length"], width)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().mean((1, 2))
+
+    options = {"loss_fn": loss, "sample_targets": y} if fused else {}
+    dp_model = dpcompile(model, x, max_grad_norm=0.01, loss_reduction="sum", **options)
+    program = dp_model._emitted.backward or dp_model._emitted.forward
+    assert list(program.graph.find_nodes(op="call_function", target=finite.weighted_rows))
+
+    def gradients(rows: Tensor, targets: Tensor) -> list[Tensor]:
+        model.zero_grad()
+        run = dp_model if backend is None else torch.compile(dp_model, fullgraph=True, backend=backend)
+        (run(rows, targets=targets) if fused else loss(run(rows), targets).sum()).backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    strange = x.clone()
+    strange[1, 3] = torch.nan
+    strange[4, 0] = torch.inf
+    others = [0, 2, 3]
+    for found, expected in zip(gradients(strange, y), gradients(x[others], y[others]), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_rows_are_weighted_without_those_to_be_cleared() -> None:
+    weight, rows, mask = torch.randn(1, 3), torch.randn(3, 7), torch.tensor([True, False, True])
+    torch.testing.assert_close(finite.weighted_rows(weight, rows, None), weight @ rows)
+    rows[1] = torch.nan
+    expected = weight[:, mask] @ rows[mask]
+    compiled = torch.compile(finite.weighted_rows, fullgraph=True, backend="aot_eager")
+    for run in (finite.weighted_rows, compiled):
+        torch.testing.assert_close(run(weight, rows, mask), expected)
+
+
+def test_what_is_settled_is_itself_in_eager_calls_and_a_copy_for_a_compiler() -> None:
+    values = torch.randn(2, 3)
+    assert settled.itself(values) is values
+    copy = settled.OP(values)
+    assert torch.equal(copy, values)
+    assert copy.data_ptr() != values.data_ptr()
+    dp_model = dpcompile(nn.Linear(3, 2), torch.randn(4, 3))
+    assert dp_model._emitted.backward is not None
+    assert list(dp_model._emitted.backward.graph.find_nodes(op="call_function", target=settled.OP))
