@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from selection import every
 from torch import Tensor, nn
 
 from dpcompile import dpcompile
@@ -251,7 +252,7 @@ class Sequences(nn.Module):
         return self.linear(x * self.scale)
 
 
-@pytest.mark.parametrize("method", ["ghost", "explicit", "auto"])
+@pytest.mark.parametrize("method", every(2, ["ghost", "auto", "explicit"]))
 @pytest.mark.parametrize("trick", TRICKS)
 def test_what_a_compiled_model_adds_for_one_sample_is_at_most_the_bound(
     method: str, trick: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -92,7 +92,7 @@ COMBINATIONS = [(function, "flat", method) for function in FUNCTIONS for method 
 ]
 
 
-@pytest.mark.parametrize(("function", "groups", "method"), every(3, COMBINATIONS))
+@pytest.mark.parametrize(("function", "groups", "method"), every(4, COMBINATIONS))
 def test_functions_and_groupings_match_the_oracle(
     analysed: tuple[Case, Analysis], function: str, groups: str, method: str
 ) -> None:
@@ -240,6 +240,7 @@ def views_case(views: int) -> Case:
         pytest.param("sum", False, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 @settings(max_examples=2, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(views=st.integers(1, 3), size=st.integers(0, 4), method=st.sampled_from(["ghost", "explicit"]))
 def test_views_of_a_sample_are_clipped_as_one(reduction: str, fused: bool, views: int, size: int, method: str) -> None:
@@ -352,6 +353,7 @@ def test_wrong_clipping_is_refused(arguments: dict[str, object], message: str) -
         clipping_of(["a.weight", "b.weight"], **{"max_grad_norm": 1.0, **arguments})  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_bounds_can_be_changed_between_steps_without_compiling_again() -> None:
     net = case()
     x, y = net.batch(4)

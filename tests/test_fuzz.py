@@ -52,6 +52,7 @@ def test_a_seed_gives_the_same_model_again() -> None:
     assert model_of(7).source == model_of(7).source
 
 
+@pytest.mark.slow
 def test_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Contraction.form
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from selection import every
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
@@ -140,7 +141,7 @@ def test_the_fused_form_trains_the_same_model() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
+@pytest.mark.parametrize("fused", every(2, [False, True]), ids=["split", "fused"])
 def test_a_compiled_module_trains_the_same_model_and_is_compiled_once_when_padded(fused: bool) -> None:
     extra = {"loss_fn": lambda out, y: F.cross_entropy(out, y, reduction="none"), "sample_targets": Y[:4]}
     private = run(compiled(**extra if fused else {"norm_method": "ghost"}), max_physical_batch=8, pad=True)
@@ -291,6 +292,7 @@ def test_a_sampler_of_unknown_accounting_needs_a_stated_event() -> None:
     assert private.epsilon() == pytest.approx(epsilon([Step(Poisson(1.0), 1.0, 3)], DELTA))
 
 
+@pytest.mark.slow
 def test_schedules_are_accounted_as_run() -> None:
     private = run(
         noise_multiplier=None,

@@ -162,7 +162,7 @@ def test_an_unknown_validation_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "compiled"), [("ghost", False), ("explicit", False), ("auto", False), ("auto", True)]
+    ("method", "compiled"), every(2, [("ghost", False), ("explicit", False), ("auto", True), ("auto", False)])
 )
 def test_a_sample_that_is_not_finite_adds_nothing(method: str, compiled: bool) -> None:
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from selection import every
 from torch import Tensor, nn
 
 from dpcompile import dpcompile
@@ -24,7 +25,7 @@ class Added(nn.Module):
         return self.head(self.lstm(x)[0][:, -1]) + self.shift + self.offset
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", every(2, [False, True]))
 @pytest.mark.parametrize(
     "backend", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor"))]
 )

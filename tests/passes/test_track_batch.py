@@ -10,6 +10,7 @@ import torch._higher_order_ops as higher_order
 import torch.nn.functional as F
 import transformers
 from batching_oracle import Lines, assert_refuses_the_marked_lines, assert_samples_apart, tracked
+from selection import every
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -73,7 +74,7 @@ def test_every_node_of_a_model_is_what_tracking_says(build: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("build", [gpt2, swin])
+@pytest.mark.parametrize("build", every(2, [gpt2, swin]))
 def test_a_model_with_its_dropout_keeps_samples_apart(build: Any) -> None:
     model, inputs = build()
     assert_samples_apart(model.train(), inputs, position_free=False)

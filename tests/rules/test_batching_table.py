@@ -101,7 +101,7 @@ def _lines(names: str, table: dict[Any, Any]) -> set[Any]:
     return {getattr(torch.ops.aten, name) for name in names.split()} & set(table)
 
 
-@pytest.mark.parametrize("name", every(2, CLASSES))
+@pytest.mark.parametrize("name", every(3, CLASSES))
 @pytest.mark.parametrize("every_case", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_line_of_the_table_is_true(name: str, every_case: bool) -> None:
     seen = _hold(getattr(cases, name), getattr(cases, f"{name}_MIXING"), every_case)

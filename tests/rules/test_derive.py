@@ -94,7 +94,7 @@ DERIVED: dict[str, tuple[Callable[..., Tensor], dict[str, tuple[int, ...]], set[
 }
 
 
-@pytest.mark.parametrize("name", every(2, DERIVED))
+@pytest.mark.parametrize("name", every(3, DERIVED))
 def test_derived_value(name: str) -> None:
     function, parameters, spaces = DERIVED[name]
     found = check_module(Apply(function, **parameters), torch.randn(3, T, D))

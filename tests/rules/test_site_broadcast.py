@@ -93,7 +93,7 @@ SHAPES: dict[str, tuple[Callable[..., Tensor], dict[str, tuple[int, ...]]]] = {
 }
 
 
-@pytest.mark.parametrize("name", every(2, SHAPES))
+@pytest.mark.parametrize("name", every(3, SHAPES))
 def test_broadcast_parameter(name: str) -> None:
     function, parameters = SHAPES[name]
     found = check_module(Apply(function, **parameters), torch.randn(3, T, D))

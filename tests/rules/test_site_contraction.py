@@ -91,7 +91,7 @@ PRODUCTS: dict[str, tuple[Callable[..., torch.Tensor], dict[str, tuple[int, ...]
 }
 
 
-@pytest.mark.parametrize("name", every(2, PRODUCTS))
+@pytest.mark.parametrize("name", every(3, PRODUCTS))
 def test_product_with_a_parameter(name: str) -> None:
     function, parameters, shape = PRODUCTS[name]
     check_module(Apply(function, **parameters), torch.randn(3, *shape))

@@ -183,14 +183,14 @@ def test_a_kernel_of_one_whose_result_is_padded() -> None:
     check_module(module, torch.randn(3, 2, 4), batch_sizes=(3,), methods=EVERY_WAY)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("transposed", every(2, [False, True]))
 def test_functional_convolution_with_arguments_by_default(transposed: bool) -> None:
     function = nn.functional.conv_transpose2d if transposed else nn.functional.conv2d
     module = Apply(lambda m, x: function(x, m.w), w=(2, 3, 2, 1) if transposed else (3, 2, 2, 1))
     check_module(module, torch.randn(3, 2, 3, 3), methods=EVERY_WAY)
 
 
-@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("kind", every(2, [nn.ConvTranspose2d, nn.Conv2d]))
 def test_kernel_whose_image_and_bias_are_frozen(kind: type[nn.Module]) -> None:
     module = kind(2, 3, 2)
     module.bias.requires_grad_(False)
