@@ -211,7 +211,7 @@ def segment_sums(form: OneHot) -> torch.Tensor:
     starts_BT = F.pad(sorted_BT[:, 1:] != sorted_BT[:, :-1], (1, 0))
     place_BT = torch.zeros_like(order_BT).scatter(1, order_BT, starts_BT.cumsum(1))
     into_BTd = place_BT.unsqueeze(-1).expand(form.cols_BTd.shape)
-    return torch.zeros_like(form.cols_BTd).scatter_add(1, into_BTd, form.cols_BTd)
+    return form.cols_BTd.new_zeros(form.cols_BTd.shape).scatter_add(1, into_BTd, form.cols_BTd)
 
 
 def _to_shape(blocks: torch.Tensor, form: Outer | OneHot, *, batched: bool) -> torch.Tensor:
