@@ -14,7 +14,7 @@ from torch import fx
 from dpcompile import finite
 from dpcompile.ir import Draft
 from dpcompile.passes.rewrite import Order
-from dpcompile.shapes import hint
+from dpcompile.shapes import hint, is_one, size_of
 
 aten = torch.ops.aten
 
@@ -52,9 +52,12 @@ def _mask_as_read(product: fx.Node) -> None:
     rows: Any = flat.args[0] if shaped else flat
     if rows.target is not finite.finite_rows or len(rows.users) > 1:
         return
-    if hint(weight.meta["val"].shape[0]) != 1 or hint(flat.meta["val"].shape[1]) <= LONG:
-        return
     kept, mask = rows.args
+    samples, count = flat.meta["val"].shape
+    if not is_one(weight.meta["val"].shape[0]) or hint(count) <= LONG:
+        return
+    if size_of(samples) != size_of(mask.meta["val"].shape[0]):  # positions are rows too, of a weight with one output
+        return
     rows.replace_all_uses_with(kept)
     product.graph.erase_node(rows)
     product.target, product.args = finite.weighted_rows, (weight, kept if rows is flat else flat, mask)

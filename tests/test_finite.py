@@ -41,6 +41,20 @@ def test_such_a_sample_adds_nothing_to_kept_gradients(fused: bool, backend: str 
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_positions_of_a_weight_with_one_output_are_no_samples(backend: str | None) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(2100, 1), torch.randn(3, 4, 2100)
+    dp_model = dpcompile(model, x, max_grad_norm=0.1, loss_reduction="sum", norm_method="ghost")
+    run = dp_model if backend is None else torch.compile(dp_model, fullgraph=True, backend=backend)
+    found = []
+    for rows in (x[1:], torch.cat([torch.full_like(x[:1], torch.nan), x[1:]])):
+        model.zero_grad()
+        run(rows).sum().backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*found)
+
+
 def test_rows_are_weighted_without_those_to_be_cleared() -> None:
     weight, rows, mask = torch.randn(1, 3), torch.randn(3, 7), torch.tensor([True, False, True])
     torch.testing.assert_close(finite.weighted_rows(weight, rows, None), weight @ rows)
