@@ -165,24 +165,30 @@ def _norms(
     call, model = dp_model._emitted.call, dp_model.module
     ones = [_one(call, leaves, i) for i in range(2)]
     if not _draws(dp_model):
-        own = [_plain(dp_model, model, one, loss_fn) for one in ones]
-        whole = _private(dp_model, leaves)
-        tangents = [_tangent(a, b, c, generator) for a, b, c in zip(whole, own[0], own[1], strict=True)]
-        found = _emitted_norms(dp_model, whole, tangents)
+        own = []
+        for one in ones:
+            with _buffers_put_back(model):
+                own.append(_plain(dp_model, model, one, loss_fn))
+        with _buffers_put_back(model):
+            whole = _private(dp_model, leaves)
+            tangents = [_tangent(a, b, c, generator) for a, b, c in zip(whole, own[0], own[1], strict=True)]
+            found = _emitted_norms(dp_model, whole, tangents)
         parts = [[_part(t, o, i) for t, o in zip(tangents, own[i], strict=True)] for i in range(2)]
         return found, _truth(dp_model, model, leaves, loss_fn, parts), parts
     found, truth, parts = [], [], []
     for i, one in enumerate(ones):  # alone, so that both draw the same random numbers
         torch.manual_seed(i)
-        whole = _private(dp_model, one)
+        with _buffers_put_back(model):
+            whole = _private(dp_model, one)
+            fused = dp_model._emitted.backward is None  # its norms are those of the loss itself
+            tangents = [torch.ones_like(o) if fused else torch.randn(o.shape, generator=generator).to(o) for o in whole]
+            found.append(_emitted_norms(dp_model, whole, tangents))
         torch.manual_seed(i)
-        own = _plain(dp_model, model, one, loss_fn)
-        if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(whole, own, strict=True)):
-            raise _Incomparable("the model draws random numbers in another order than the graph")
-        fused = dp_model._emitted.backward is None  # its norms are those of the loss itself
-        tangents = [torch.ones_like(o) if fused else torch.randn(o.shape, generator=generator).to(o) for o in own]
-        found.append(_emitted_norms(dp_model, whole, tangents))
-        truth.append(_autograd_norm(model, own, tangents))
+        with _buffers_put_back(model):
+            own = _plain(dp_model, model, one, loss_fn)
+            if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(whole, own, strict=True)):
+                raise _Incomparable("the model draws random numbers in another order than the graph")
+            truth.append(_autograd_norm(model, own, tangents))
         parts.append(tangents)
     return torch.cat(found), torch.stack(truth) * _per_view(dp_model), parts
 
@@ -191,8 +197,9 @@ def _truth(dp_model: DPModule, model: nn.Module, leaves: list[Any], loss_fn: Los
     """[2] norms by autograd on one sample at a time, in the type of `model`."""
     norms = []
     for i, part in enumerate(parts):
-        own = _plain(dp_model, model, _one(dp_model._emitted.call, leaves, i), loss_fn)
-        norms.append(_autograd_norm(model, own, [t.to(o) for t, o in zip(part, own, strict=True)]))
+        with _buffers_put_back(model):
+            own = _plain(dp_model, model, _one(dp_model._emitted.call, leaves, i), loss_fn)
+            norms.append(_autograd_norm(model, own, [t.to(o) for t, o in zip(part, own, strict=True)]))
     return torch.stack(norms) * (2 if _mean_is_taken_back(dp_model) else 1) * _per_view(dp_model)
 
 
@@ -296,23 +303,31 @@ def _gradients(model: nn.Module, results: list[Tensor], tangents: list[Tensor]) 
 def _undone(dp_model: DPModule) -> Iterator[None]:
     """In the modes that the model was captured in, with everything that a step changes put back behind it."""
     flag, attributes = dp_model.training, {module: dict(module.__dict__) for module in dp_model.module.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in dp_model.module.buffers()]
     devices = sorted({p.device.index or 0 for p in dp_model.parameters() if p.device.type == "cuda"})
     if not dp_model.module.training:
         dp_model.module.train()
     dp_model.training = True
     try:
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        with _buffers_put_back(dp_model.module), torch.random.fork_rng(devices=devices), torch.enable_grad():
             yield
     finally:
         dp_model.training = flag
         for module, own in attributes.items():
             module.__dict__.clear()
             module.__dict__.update(own)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
         records.clear(dp_model._handle)
+
+
+@contextlib.contextmanager
+def _buffers_put_back(model: nn.Module) -> Iterator[None]:
+    """A forward and its backward: the next one starts where this did, as a power iteration moves its vectors."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
 
 
 def _facts(dp_model: DPModule) -> str:

@@ -109,6 +109,23 @@ def test_norms_of_which_the_bound_on_rounding_is_most_are_compared_without_it() 
         validate.check_norms(dp_model, [ids], None)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_buffer_that_every_call_moves_is_the_same_for_both(dropout: float) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.dropout = nn.Linear(5, 3), nn.Dropout(dropout)
+            self.register_buffer("scale", torch.ones(3))
+            self.scale: Tensor
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.scale.mul_(2)
+            return self.dropout(self.inner(x)) * self.scale.clone()
+
+    assert dpcompile(Scaled(), X).validated == COMPARED
+
+
 def test_a_model_in_eval_mode_stays_there() -> None:
     model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3)).eval()
     assert dpcompile(model, X).validated == COMPARED
