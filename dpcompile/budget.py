@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -126,6 +126,12 @@ class Schedule:
     uses: tuple[Use, ...]
     itemsize: int
     segments: tuple[Segment, ...] = ()  # from the loss to the inputs; none where there are several clip groups
+    fusible: frozenset[Root] = frozenset()  # values that a compiler does not write down
+
+    def compiled(self) -> Schedule:
+        """The same under a compiler, about: it may compute what is fusible wherever that is read."""
+        lives = {r: replace(life, size=Bytes()) if r in self.fusible else life for r, life in self.lives.items()}
+        return replace(self, lives=lives, fusible=frozenset())
 
     def plain(self) -> Timeline:
         """Memory of plain training of the same graph: each use makes its part of the gradient at once."""
@@ -144,19 +150,27 @@ class Schedule:
         programme = _Programme(self, {name: [method] for name, method in methods.items()}, again)
         return programme.timeline({*methods.items(), *again})
 
-    def fit(self, times: Times, batch_size: int, budget: float, again: Sequence[float] = ()) -> Fitted:
-        """The methods of least total time whose memory stays within `budget` bytes.
+    def fit(
+        self, times: Times, batch_size: int, budget: float, again: Sequence[float] = (), compiled: float = np.inf
+    ) -> Fitted:
+        """The methods of least total time whose memory stays within `budget` bytes, and within `compiled` under a
+        compiler.
 
         `again` has the seconds of every segment. Without any segment the programme is much smaller; its plan is taken
         if a segment costs more than what could be gained.
         """
-        found = _Programme(self, times).solve(times, again, batch_size, budget)
+
+        def solve(segments: Collection[int] = ()) -> Fitted:
+            beside = None if compiled == np.inf else (_Programme(self.compiled(), times, segments), compiled)
+            return _Programme(self, times, segments).solve(times, again, batch_size, budget, beside)
+
+        found = solve()
         if not again:
             return found
         least = sum(min(own.values()) for own in times.values())
         if found.methods and sum(times[n][m] for n, m in found.methods.items()) <= (least + min(again)) * (1 + GAP):
             return found
-        better = _Programme(self, times, range(len(again))).solve(times, again, batch_size, budget)
+        better = solve(range(len(again)))
         return better if better.methods else found
 
     def least(self, times: Times, batch_size: int, *, again: bool = False) -> Fitted:
@@ -266,10 +280,17 @@ class _Programme:
             there[column] |= wanted and not (instead is not None and there[instead])
         return Timeline.of([*self._always, *(life for i, life in self._chosen if there[i])], self._end)
 
-    def solve(self, times: Times | None, again: Sequence[float], batch_size: int, budget: float) -> Fitted:
+    def solve(
+        self,
+        times: Times | None,
+        again: Sequence[float],
+        batch_size: int,
+        budget: float,
+        beside: tuple[_Programme, float] | None = None,
+    ) -> Fitted:
         """The choice of least time within the budget; without times, that of the lowest peak.
 
-        The peak is a column of its own, behind the others.
+        The peak is a column of its own, behind the others. `beside`: a programme of the same columns, with its budget.
         """
         count = len(self.columns)
         constant, matrix = self._rows(batch_size)
@@ -293,6 +314,7 @@ class _Programme:
                 ),
                 LinearConstraint(self._one_of_each(), 1, 1),
                 *([LinearConstraint(self._waiting(), -np.inf, 0)] if self._bounds else []),
+                *([beside[0].within(batch_size, beside[1])] if beside is not None else []),
             ],
             options={"time_limit": SECONDS, "mip_rel_gap": GAP},
         )
@@ -302,6 +324,12 @@ class _Programme:
         methods = dict(column for column in chosen if isinstance(column, tuple))
         segments = tuple(sorted(column for column in chosen if isinstance(column, int)))
         return Fitted(methods, self.timeline(chosen).peak(batch_size), found.status == 0, segments)
+
+    def within(self, batch_size: int, budget: float) -> LinearConstraint:
+        """That the peak is within a budget, beside the columns of another programme and its peak."""
+        constant, matrix = self._rows(batch_size)
+        wider = hstack([matrix / budget, csr_array((len(constant), 1))])
+        return LinearConstraint(wider, -np.inf, 1 - constant / budget)  # pyright: ignore[reportArgumentType]
 
     def _rows(self, batch_size: int) -> tuple[np.ndarray, csr_array]:
         """Memory as constant + matrix @ columns, at the moments at which it may be at its peak.

@@ -178,7 +178,8 @@ class Chain(Enum):
     """How a value derives from its parameters, by what is known of the map from parameter to value."""
 
     PERMUTE = "permute"  # the parameter itself, or its dimensions in another order
-    SELECT = "select"  # each element is one element of one parameter: views, slices, look-ups by constants
+    LOOKUP = "lookup"  # rows of one parameter, by an index that is the same for every sample
+    SELECT = "select"  # each element is one element of one parameter: views, slices, indices
     GENERAL = "general"  # anything differentiable
 
 

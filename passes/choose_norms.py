@@ -86,9 +86,10 @@ def choose_norms(
     )
 
 
-LOOSE = 1.1
-"""Of plain training's peak: the budget where none is asked for. Where no plan fits, the least that one needs, with
-`SPARE` on top; and never less than `SMALL` bytes."""
+LOOSE, UNSEEN = 1.1, 0.04
+"""Of plain training's peak: the budget where none is asked for, less what no graph shows (workspace of kernels, what a
+compiler holds for longer). Where no plan fits, the least that one needs, with `SPARE` on top; and never less than
+`SMALL` bytes."""
 SPARE, SMALL = 1.02, 16e6
 FACTOR_BELOW = 100.0
 
@@ -103,13 +104,21 @@ def _within(
     budget: float | None,
 ) -> tuple[dict[str, Choice], Memory, Sequence[int]]:
     """The choices as they are if they fit; else the fastest that do, and the segments that are computed again."""
-    plain = schedule.plain().peak(batch_size)
-    asked = max(LOOSE * plain, SMALL) if budget is None else budget * plain if budget < FACTOR_BELOW else budget
-    peak = schedule.private({name: choice.method for name, choice in choices.items()}).peak(batch_size)
-    if peak <= asked or policy != "auto":
+    plain, compiled = schedule.plain().peak(batch_size), math.inf
+    if budget is None:
+        asked = max((LOOSE - UNSEEN) * plain, SMALL)
+        compiled = max((LOOSE - UNSEEN) * schedule.compiled().plain().peak(batch_size), SMALL)
+    else:
+        asked = budget * plain if budget < FACTOR_BELOW else budget
+    methods = {name: choice.method for name, choice in choices.items()}
+    peak = schedule.private(methods).peak(batch_size)
+    fits = peak <= asked and schedule.compiled().private(methods).peak(batch_size) <= compiled
+    if fits or policy != "auto":
         return dict(choices), Memory(plain, peak, asked if policy == "auto" else math.inf), ()
     seconds = again()
-    found = schedule.fit(times, batch_size, asked, seconds)
+    found = schedule.fit(times, batch_size, asked, seconds, compiled)
+    if not found.methods and compiled < math.inf:
+        found = schedule.fit(times, batch_size, asked, seconds)
     if not found.methods:
         least = schedule.least(times, batch_size, again=True)
         if budget is not None:

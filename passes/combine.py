@@ -17,6 +17,7 @@ from dpcompile.origin import origin
 from dpcompile.passes.find_sites import call_of
 from dpcompile.rules.batching.base import shape_of
 from dpcompile.rules.sites import BY_NAME
+from dpcompile.rules.sites.embedding import shared_form, shared_index
 from dpcompile.rules.sites.fallback import Fallback
 from dpcompile.torch_internals import fake_mode_of, trace
 
@@ -35,6 +36,7 @@ class GroupReader:
         self._values = {value.node: value for value in group.values}
         self._forms: list[Callable[..., Form]] = []
         self._counts: list[int] = []
+        self._indices: list[fx.Node | None] = []  # of look-ups before the site
         self.inputs: list[fx.Node] = []
         for site in self.sites:
             tensors = backward.sites[site.name]
@@ -42,6 +44,10 @@ class GroupReader:
             self._forms.append(BY_NAME[site.rule].form(call, site.slot))
             self._counts.append(len(tensors.saved) + 1)
             self.inputs += [joint[name] for name in (*tensors.saved, tensors.grad)]
+            looked_up = group.space is Space.PARAMETER and self._values[site.value].chain is Chain.LOOKUP
+            self._indices.append(shared_index(nodes[site.value]) if looked_up else None)
+        # behind the sites' own tensors
+        self.inputs += [joint[backward.leaves[index.name]] for index in self._indices if index is not None]
         # what derived values are computed from: needed where gradients go back through their chain
         self._sources = list(dict.fromkeys(name for v in group.values for name in (*v.params, *v.leaves)))
         self.sources = [joint[backward.leaves[name]] for name in self._sources]
@@ -61,7 +67,11 @@ class GroupReader:
         node = self._nodes[site.node]
         call = call_of(node, self._tracked)
         arguments = tuple((name, self._described(value)) for name, value in call.arguments.items())
-        own = (self.group.space, self._values[site.value].permutation)
+        value = self._values[site.value]
+        own = (self.group.space, value.chain, value.permutation)
+        if value.chain is Chain.LOOKUP:
+            lookup = self._nodes[value.node]
+            own = (*own, str(lookup.target), *map(self._described, lookup.all_input_nodes))
         return site.rule, str(node.target), site.slot, call.slots, arguments, self._described(node), own
 
     def _described(self, item: Any) -> Hashable:
@@ -78,13 +88,22 @@ class GroupReader:
         """Each site's form, in the group's own space."""
         found: list[tuple[Site, Form]] = []
         at = 0
-        for site, form, count in zip(self.sites, self._forms, self._counts, strict=True):
+        indices = iter(tensors[sum(self._counts) :])
+        for site, form, count, index in zip(self.sites, self._forms, self._counts, self._indices, strict=True):
             made = form(*tensors[at : at + count])
-            if self.group.space is Space.PARAMETER:
+            if index is not None:
+                made = self._looked_up(site, made, next(indices))
+            elif self.group.space is Space.PARAMETER:
                 made = transposed(made, self._values[site.value].permutation)
             found.append((site, made))
             at += count
         return found
+
+    def _looked_up(self, site: Site, made: Form, index: torch.Tensor) -> Form:
+        value = self._values[site.value]
+        shape = tuple(self._nodes[value.params[0]].meta["val"].shape)
+        assert isinstance(made, Explicit)
+        return shared_form(self._nodes[value.node], made.grad, index, shape)
 
     def combined(self, tensors: Sequence[torch.Tensor]) -> list[Form]:
         """Forms of equal kind concatenated; for PARAMETER and VALUE space."""
@@ -173,7 +192,7 @@ class GroupReader:
             form = transposed(Explicit(grad), value.permutation)
             assert isinstance(form, Explicit)
             return [form.grad]
-        if value.chain is Chain.SELECT:
+        if value.chain in (Chain.SELECT, Chain.LOOKUP):
             numbers = torch.arange(own[0].numel(), device=own[0].device).reshape(own[0].shape)
             index = self.chain(value, self.with_params(sources, self._replaced(params, value, [numbers])))
             flat = grad.new_zeros(grad.shape[0], own[0].numel())

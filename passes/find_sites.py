@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import networkx as nx
@@ -33,7 +34,8 @@ from dpcompile.ir import (
 from dpcompile.origin import origin
 from dpcompile.rules.derive import permutation_of, selects
 from dpcompile.rules.sites import rule_for
-from dpcompile.rules.sites.base import Call, bind, slots_of
+from dpcompile.rules.sites.base import Call, Work, bind, slots_of
+from dpcompile.rules.sites.embedding import OPERANDS, shared_index, shared_work
 
 
 def find_sites(program: Program, tracked: Tracked) -> Uses:
@@ -184,6 +186,8 @@ def _chain(value: fx.Node, body: dict[fx.Node, None], params: dict[fx.Node, None
         composed = tuple(own[i] for i in composed)
     if composed is not None:
         return Chain.PERMUTE, composed
+    if len(body) == 1 and shared_index(value) is not None and bind(value)[OPERANDS[value.target][0]] in params:
+        return Chain.LOOKUP, ()
     if all(selects(node) or node.target is operator.getitem for node in body):
         return Chain.SELECT, ()
     return Chain.GENERAL, ()
@@ -216,7 +220,21 @@ def _groups(
             )
             for i, value in enumerate(values)
         ]
+    if all(v.chain in (Chain.PERMUTE, Chain.LOOKUP) for v in values):
+        looked_up = {v.node: v for v in values if v.chain is Chain.LOOKUP}
+        if all(s.work.kind == "explicit" for s in own if s.value in looked_up):
+            sizes = {name: _work_of(v, program) for name, v in looked_up.items()}
+            own = tuple(replace(s, work=sizes.get(s.value, s.work)) for s in own)
+            return [Group(name, Space.PARAMETER, values, params, own)]
     return [Group(name, Space.PULLBACK, values, params, own)]
+
+
+def _work_of(lookup: Derived, program: Program) -> Work:
+    """The size of one use of rows that every sample reads."""
+    nodes = program.nodes()
+    index = shared_index(nodes[lookup.node])
+    assert index is not None
+    return shared_work(index.meta["val"], tuple(nodes[lookup.params[0]].meta["val"].shape))
 
 
 # Index maps of larger parameters are not evaluated at compile time; the exact pullback is taken instead.

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from torch import fx
 
 from dpcompile.budget import Schedule, Segment, Use
@@ -15,6 +16,8 @@ from dpcompile.memory import Bytes, Life, Root, Storages, Timeline, lives_of
 from dpcompile.passes.combine import GroupReader
 from dpcompile.passes.compute_again import backward_of, may_run_twice
 from dpcompile.plan import Costs
+
+aten = torch.ops.aten
 
 SAMPLES = 8  # at which sizes are compared
 
@@ -55,9 +58,42 @@ def follow_memory(
                 0 if clipping is None else clipping.group_of(targets[reader.group.params[0]]),
             )
         )
+    read_by_uses = frozenset().union(*(use.reads for use in uses), *(own for use in uses for _, own in use.plain))
     clip_groups = {use.clip_group for use in uses}
     segments = _segments(program, order, storages, lives, read) if len(clip_groups) == 1 else ()
-    return Schedule(len(order), lives, tuple(uses), costs.itemsize, segments)
+    fusible = _fusible(order, storages) - read_by_uses
+    return Schedule(len(order), lives, tuple(uses), costs.itemsize, segments, fusible)
+
+
+_LOOPS = {
+    aten._log_softmax.default,
+    aten._log_softmax_backward_data.default,
+    aten._softmax.default,
+    aten._softmax_backward_data.default,
+    aten.mean.dim,
+    aten.native_group_norm.default,
+    aten.native_group_norm_backward.default,
+    aten.native_layer_norm.default,
+    aten.native_layer_norm_backward.default,
+    aten.nll_loss_backward.default,
+    aten.nll_loss_forward.default,
+    aten.sum.dim_IntList,
+}
+"""What a compiler writes as loops of its own, beside what is tagged pointwise."""
+
+
+def _fusible(order: Sequence[fx.Node], storages: Storages) -> frozenset[Root]:
+    """Values that are made and read by such loops alone."""
+    made: set[Root] = set()
+    called: set[Root] = set()
+    for node in order:
+        own = {root for root in storages.of(node) if root[0] == node.name}
+        loop = node.target in _LOOPS or torch.Tag.pointwise in getattr(node.target, "tags", ())
+        if loop:
+            made |= own
+        elif own:  # a view reads nothing
+            called |= {root for source in node.all_input_nodes for root in storages.of(source)}
+    return frozenset(made - called)
 
 
 SEGMENTS = 8

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import Apply
 from oracle import assert_same_gradients, gradients
 from selection import every
 from torch import Tensor, nn
@@ -33,6 +36,8 @@ from dpcompile.plan import Method, Times
 from dpcompile.runtime import DPModule
 from dpcompile.tuning import Tuner
 from dpcompile.units import bytes_of
+
+choose_norms = importlib.import_module("dpcompile.passes.choose_norms")
 
 RUNNER = CliRunner()
 BATCH = 8
@@ -68,6 +73,16 @@ def images() -> tuple[nn.Module, Tensor]:
 
 def attention() -> tuple[nn.Module, Tensor]:
     return Attention(), torch.randint(50, (BATCH, 24))
+
+
+def chains() -> tuple[nn.Module, Tensor]:
+    def run(m: Any, x: Tensor) -> Tensor:
+        hidden = m.first(x)
+        hidden = hidden * torch.tanh(hidden + hidden * hidden.sigmoid())
+        return m.last(m.norm(hidden) * hidden.tanh())
+
+    parts = {"first": nn.Linear(12, 64), "norm": nn.LayerNorm(64), "last": nn.Linear(64, 4)}
+    return Apply(run, modules=parts), torch.randn(BATCH, 5, 12)
 
 
 def recurrent() -> tuple[nn.Module, Tensor]:
@@ -149,6 +164,38 @@ def test_no_plan_within_the_budget_is_faster(build: Callable[[], tuple[nn.Module
         assert sum(times[n][m] for n, m in found.methods.items()) == pytest.approx(best, rel=1e-3)
         assert found.peak <= factor * least * (1 + 1e-6)
     assert not schedule.fit(times, BATCH, 0.99 * least).methods
+
+
+def test_no_plan_within_both_budgets_is_faster() -> None:
+    schedule = analysed(chains)[0].schedule()
+    compiled = schedule.compiled()
+    times = times_of(schedule)
+    plans = [dict(zip(times, methods, strict=True)) for methods in itertools.product(*times.values())]
+    least, least_compiled = (line.least(times, BATCH).peak for line in (schedule, compiled))
+    assert least_compiled < 0.9 * least  # factors of a product are not written down
+    for factor, other in itertools.product((1.02, 1.2, 2.0), (0.9, 1.02, 1.2)):
+        bound, beside = factor * least * (1 + 1e-9), other * least_compiled * (1 + 1e-9)
+        known = [
+            sum(times[n][m] for n, m in plan.items())
+            for plan in plans
+            if schedule.private(plan).peak(BATCH) <= bound and compiled.private(plan).peak(BATCH) <= beside
+        ]
+        found = schedule.fit(times, BATCH, bound, (), beside)
+        assert bool(found.methods) == bool(known)
+        if known:
+            assert sum(times[n][m] for n, m in found.methods.items()) == pytest.approx(min(known), rel=1e-3)
+            assert compiled.private(found.methods).peak(BATCH) <= beside * (1 + 1e-6)
+
+
+def test_the_default_leaves_room_for_what_no_graph_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose_norms, "SMALL", 0.0)
+    model, sample = images()
+    default = dpcompile(model, sample).plan
+    assert default.memory is not None
+    assert default.memory.budget < 1.1 * default.memory.plain
+    asked = dpcompile(model, sample, memory_budget=1.1).plan.memory
+    assert asked is not None
+    assert asked.budget == pytest.approx(1.1 * asked.plain)
 
 
 def test_a_budget_is_kept_and_the_gradients_are_the_same() -> None:

@@ -12,6 +12,8 @@ from layers import EVERY_FORM, FORCED, Apply, check_module
 from torch import nn
 
 from dpcompile import DPCompileError, dpcompile
+from dpcompile.ir import Chain, Space
+from dpcompile.plan import Method
 
 IDS = torch.tensor([[0, 1, 2], [2, 3, 4], [4, 4, 1]])
 
@@ -118,3 +120,56 @@ def test_table_looked_up_along_its_second_dimension_by_folded_ids(dim: int) -> N
 
 def test_two_indices_at_once() -> None:
     check_module(Apply(lambda m, ids: m.table[ids, ids.flip(1)], table=(5, 5)), IDS, methods=EVERY_FORM)
+
+
+# ---------------------------------------------------------------- one index for all samples
+
+
+class Shared(nn.Module):
+    """Rows of a table at places that a buffer holds, some of them twice: learned positions, as BERT has them."""
+
+    def __init__(self, way: str, places: list[int]) -> None:
+        super().__init__()
+        self.way, self.table, self.head = way, nn.Embedding(7, 3), nn.Linear(3, 2)
+        self.register_buffer("places", torch.tensor(places))
+        self.places: torch.Tensor
+
+    def rows(self) -> torch.Tensor:
+        if self.way == "brackets":
+            return self.table.weight[self.places - 7]
+        if self.way == "index_select":
+            return self.table.weight.index_select(0, self.places)
+        return self.table(self.places.unsqueeze(0) if self.way == "unsqueezed" else self.places)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = (x + self.rows()).tanh()
+        if self.way == "twice":
+            hidden = hidden * self.table(self.places.flip(0))
+        return hidden @ self.table.weight.T if self.way == "tied" else self.head(hidden)
+
+
+@settings(max_examples=5, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(
+    way=st.sampled_from(("module", "unsqueezed", "brackets", "index_select", "twice", "tied")),
+    places=st.lists(st.integers(0, 6), min_size=1, max_size=4),
+)
+def test_rows_at_places_of_a_buffer_are_looked_up_for_each_sample(way: str, places: list[int]) -> None:
+    found = check_module(Shared(way, places), torch.randn(3, len(places), 3), batch_sizes=(3, 0), methods=EVERY_FORM)
+    group = found.analysis.uses.groups[0]
+    assert (group.name, group.space) == ("table.weight", Space.PARAMETER)
+    assert Chain.LOOKUP in [value.chain for value in group.values]
+
+
+def test_such_rows_need_no_table_for_each_sample() -> None:
+    module = Shared("module", [4, 0, 4])
+    module.table = nn.Embedding(1000, 3)
+    plan = dpcompile(module, torch.randn(3, 3, 3)).plan
+    assert plan.choices["table.weight"].method is not Method.KEPT
+
+
+def test_rows_at_places_of_a_buffer_that_multiply_are_carried_back() -> None:
+    module = Shared("module", [5, 1, 5])
+    product = Apply(lambda m, x: x @ m.inner.rows().T, modules={"inner": module})
+    found = check_module(product, torch.randn(4, 2, 3))
+    (group,) = found.analysis.uses.groups
+    assert group.space is Space.PULLBACK

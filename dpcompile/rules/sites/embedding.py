@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import fx
 
 from dpcompile.errors import NoRuleError
 from dpcompile.forms import Form, OneHot
-from dpcompile.rules.sites.base import Call, Tap, Work, call_bound, per_sample_size, pick, tapped
-from dpcompile.shapes import batch_first
+from dpcompile.rules.sites.base import Call, Tap, Work, bind, call_bound, per_sample_size, pick, tapped
+from dpcompile.shapes import batch_first, hint
 
 aten = torch.ops.aten
 
@@ -38,11 +39,7 @@ class Embedding:
                 "find-sites: an embedding with scale_grad_by_freq=True divides a row's gradient by how often the "
                 "whole batch reads it: samples influence each other. Set scale_grad_by_freq=False."
             )
-        if call.node.target is aten.index.Tensor:
-            return (
-                all(other is None for other in call.arguments["indices"][1:]) and call.meta(index).dtype != torch.bool
-            )
-        return call.arguments.get("dim", 0) in (0, -len(call.shape(table)))
+        return _reads_rows(call.node.target, call.arguments)
 
     def run(self, call: Call, arguments: dict[str, Any]) -> tuple[Any, dict[str, Tap]]:
         table, index = OPERANDS[call.node.target]
@@ -57,8 +54,7 @@ class Embedding:
         def form(indices: torch.Tensor, grad: torch.Tensor) -> Form:
             index_BT = batch_first(indices, axis)
             index_BT = index_BT.reshape(index_BT.shape[0], math.prod(index_BT.shape[1:]))
-            if call.node.target is aten.index.Tensor:
-                index_BT = index_BT.remainder(shape[0])  # table[-1] is the last row
+            index_BT = _row_numbers(call.node.target, index_BT, shape[0])
             cols_BTd = batch_first(grad, axis).reshape(*index_BT.shape, math.prod(shape[1:]))
             if padding >= 0:
                 cols_BTd = cols_BTd * (index_BT != padding).unsqueeze(-1).to(cols_BTd.dtype)
@@ -72,3 +68,41 @@ class Embedding:
         padding = call.arguments.get("padding_idx", -1)
         marker = f"without row {padding}" if padding >= 0 else ""
         return Work("onehot", per_sample_size(call.out, call.out_axis) // width, width, rows, marker=marker)
+
+
+def _reads_rows(op: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether the op reads whole rows of its table."""
+    table, index = (pick(arguments, slot).meta["val"] for slot in OPERANDS[op])
+    if op is aten.index.Tensor:
+        return all(other is None for other in arguments["indices"][1:]) and index.dtype != torch.bool
+    return arguments.get("dim", 0) in (0, -table.dim())
+
+
+def _row_numbers(op: Any, index: torch.Tensor, rows: Any) -> torch.Tensor:
+    return index.remainder(rows) if op is aten.index.Tensor else index  # table[-1] is the last row
+
+
+# ------------------------------------------------------------------ one index for all samples
+
+
+def shared_index(node: fx.Node) -> fx.Node | None:
+    """The index of an op that reads rows of a parameter before any sample meets them; None for any other op."""
+    if node.target not in OPERANDS:
+        return None
+    arguments = bind(node)
+    if arguments.get("scale_grad_by_freq") or arguments.get("padding_idx", -1) >= 0:
+        return None
+    index = pick(arguments, OPERANDS[node.target][1])
+    return index if index is not None and _reads_rows(node.target, arguments) else None
+
+
+def shared_form(node: fx.Node, grad: torch.Tensor, index: torch.Tensor, shape: tuple[int, ...]) -> OneHot:
+    """Of gradients [B, *index.shape, d] of the rows that such an op reads from a table of that shape."""
+    index_T = _row_numbers(node.target, index.reshape(-1), shape[0])
+    index_BT = index_T.unsqueeze(0).expand(grad.shape[0], -1)
+    cols_BTd = grad.reshape(*index_BT.shape, math.prod(shape[1:]))
+    return OneHot(index_BT, cols_BTd, shape, col_dims=tuple(range(1, len(shape))))
+
+
+def shared_work(index: torch.Tensor, shape: tuple[int, ...]) -> Work:
+    return Work("onehot", math.prod(map(hint, index.shape)), math.prod(shape[1:]), shape[0])
