@@ -40,6 +40,32 @@ def finite_rows(tensor: torch.Tensor, mask_B: torch.Tensor | None) -> torch.Tens
     return tensor if mask_B is None else cleared(tensor, mask_B)
 
 
+def product(left_pn: torch.Tensor, right_nd: torch.Tensor, mask_B: torch.Tensor | None) -> torch.Tensor:
+    """[p, d] left @ right over the positions n = B T of all samples but those to be cleared; on a CPU without copies.
+
+    Under a compiler too, which cannot look whether there are any, but has an op that does.
+    """
+    if mask_B is None:
+        return torch.mm(left_pn, right_nd)
+    if torch.compiler.is_compiling():
+        return PRODUCT(left_pn, right_nd, mask_B)
+    mask_n = mask_B.unsqueeze(1).expand(-1, right_nd.shape[0] // mask_B.shape[0]).reshape(-1)
+    return torch.mm(torch.where(mask_n, left_pn, 0), cleared(right_nd, mask_n))
+
+
+@torch.library.custom_op("dpcompile::finite_product", mutates_args=())
+def _product(left_pn: torch.Tensor, right_nd: torch.Tensor, finite_B: torch.Tensor) -> torch.Tensor:
+    return product(left_pn, right_nd, None if bool(finite_B.all()) else finite_B)
+
+
+@_product.register_fake
+def _(left_pn: torch.Tensor, right_nd: torch.Tensor, finite_B: torch.Tensor) -> torch.Tensor:
+    return torch.mm(left_pn, right_nd)
+
+
+PRODUCT = torch.ops.dpcompile.finite_product.default
+
+
 def weighted_rows(weight_1B: torch.Tensor, values_Bn: torch.Tensor, mask_B: torch.Tensor | None) -> torch.Tensor:
     """[1, n] weight @ values without the rows to be cleared; a compiler goes through them once and copies nothing."""
     if mask_B is None:

@@ -14,6 +14,7 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from dpcompile.finite import product
 from dpcompile.layouts import convolution
 from dpcompile.recurrent import CALLS, sides_of_step
 
@@ -53,15 +54,20 @@ def sides_of(node: fx.Node) -> tuple[Any, ...]:
     """The three sides of a matrix product, of one of a batch or of the steps of a recurrence; of another op none."""
     if node.target in CALLS:
         return sides_of_step(node)
-    if node.target not in (aten.mm.default, aten.bmm.default, aten.addmm.default):
+    if node.target not in (aten.mm.default, aten.bmm.default, aten.addmm.default, product):
         return ()
-    left, right = (source.meta["val"].shape for source in node.args[-2:])  # type: ignore[union-attr]
+    factors = node.args[:2] if node.target is product else node.args[-2:]
+    left, right = (source.meta["val"].shape for source in factors)  # type: ignore[union-attr]
     return (*left[-2:], right[-1])
+
+
+_BY = {convolution: aten.convolution, product: aten.mm}
+"""Functions of ours that are one op of torch."""
 
 
 def flops_of(node: fx.Node) -> sympy.Expr:
     """Matmul flops of one op of a graph, on its symbolic shapes."""
-    packet = aten.convolution if node.target is convolution else getattr(node.target, "overloadpacket", None)
+    packet = _BY.get(node.target, getattr(node.target, "overloadpacket", None))
     if node.op != "call_function" or packet not in flop_registry:
         return sympy.Integer(0)
     args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])

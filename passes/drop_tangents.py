@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from dpcompile import joined, kernels, patches, settled
-from dpcompile.finite import finite_rows, weighted_rows
+from dpcompile.finite import finite_rows, product, weighted_rows
 from dpcompile.ir import InputKind, OutputKind, Program
 from dpcompile.passes.scale_in_place import copied
 from dpcompile.products import summed
@@ -91,6 +91,8 @@ def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
         return True
     if node.target in (finite_rows, twice):
         return first in zeros
+    if node.target is product:
+        return first in zeros or node.args[1] in zeros
     if node.target is weighted_rows:
         return node.args[1] in zeros
     if node.target is summed:

@@ -1,10 +1,12 @@
 """spare-masks: samples that are not finite are looked for once; where there are none, nothing is copied.
 
-Nor is anything under a compiler, where kept gradients are summed: they are masked as they are read.
+Nor is anything of size under a compiler: kept gradients are masked as they are summed, and products of positions leave
+out such samples by an op of their own.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +22,8 @@ aten = torch.ops.aten
 
 LONG = 2048
 """Numbers of a sample from which on a copy of them is worth a loop of its own."""
+LARGE = 2**16
+"""Numbers of a factor from which on a copy of it takes longer than to call the op that needs none."""
 
 
 def spare_masks(draft: Draft, _order: Order) -> Draft:
@@ -38,26 +42,55 @@ def spare_masks(draft: Draft, _order: Order) -> Draft:
         node.target = finite.finite_rows
         node.args = (tensor, masks[finite_B])
     for node in list(graph.find_nodes(op="call_function", target=aten.mm.default)):
-        _mask_as_read(node)
+        if not _mask_as_read(node):
+            _leave_out(node)
     draft.program.module.recompile()
     return replace(draft, program=draft.program)
 
 
-def _mask_as_read(product: fx.Node) -> None:
-    """weight @ rows of kept gradients, by `finite.weighted_rows`."""
+def _mask_as_read(product: fx.Node) -> bool:
+    """weight @ rows of kept gradients, by `finite.weighted_rows`. Returns whether it is that."""
     weight, flat = product.args
     assert isinstance(weight, fx.Node)
     assert isinstance(flat, fx.Node)
     shaped = flat.target is aten.reshape.default and len(flat.users) == 1
     rows: Any = flat.args[0] if shaped else flat
     if rows.target is not finite.finite_rows or len(rows.users) > 1:
-        return
+        return False
     kept, mask = rows.args
     samples, count = flat.meta["val"].shape
     if not is_one(weight.meta["val"].shape[0]) or hint(count) <= LONG:
-        return
+        return False
     if size_of(samples) != size_of(mask.meta["val"].shape[0]):  # positions are rows too, of a weight with one output
-        return
+        return False
     rows.replace_all_uses_with(kept)
     product.graph.erase_node(rows)
     product.target, product.args = finite.weighted_rows, (weight, kept if rows is flat else flat, mask)
+    return True
+
+
+def _leave_out(product: fx.Node) -> None:
+    """rows^T @ cols over all positions, of which one is cleared and not scaled, by `finite.product`."""
+    left, right = product.args
+    assert isinstance(left, fx.Node)
+    assert isinstance(right, fx.Node)
+    if product.meta["val"].device.type != "cpu":
+        return  # elsewhere the op would wait for the device
+    for factor in (right, left.args[0] if left.target is aten.permute.default and len(left.users) == 1 else None):
+        marked = _marked(factor) if isinstance(factor, fx.Node) else None
+        if marked is not None:
+            mask = marked.args[1]
+            marked.replace_all_uses_with(marked.args[0])  # type: ignore[arg-type]
+            product.graph.erase_node(marked)
+            product.target, product.args = finite.product, (*product.args, mask)
+            return
+
+
+def _marked(factor: fx.Node) -> fx.Node | None:
+    """What clears a large factor [B T, d], itself [B, ..., d], if nothing else reads it."""
+    source: Any = factor.args[0] if factor.target is aten.reshape.default and len(factor.users) == 1 else factor
+    if source.target is not finite.finite_rows or len(source.users) > 1:
+        return None
+    width, own = (node.meta["val"].shape[-1] for node in (factor, source))
+    large = math.prod(hint(size) for size in source.meta["val"].shape) >= LARGE
+    return source if large and size_of(width) == size_of(own) else None

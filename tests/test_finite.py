@@ -1,4 +1,4 @@
-"""Samples that are not finite, where kept gradients are summed: eagerly and under a compiler."""
+"""Samples that are not finite, in sums of kept gradients and products of positions: eagerly and under a compiler."""
 
 from __future__ import annotations
 
@@ -8,24 +8,32 @@ from torch import Tensor, nn
 
 from dpcompile import dpcompile, finite, settled
 
-KEPT = {"length": 200, "width": 48}  # one weight at many positions: its gradients are kept, and worth a loop
-
 
 @pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fused", [False, True])
-def test_such_a_sample_adds_nothing_to_kept_gradients(fused: bool, backend: str | None) -> None:
+@pytest.mark.parametrize(
+    ("method", "length", "width", "op"),
+    [
+        ("auto", 200, 48, finite.weighted_rows),  # gradients are kept, and worth a loop
+        ("ghost", 40, 400, finite.product),
+        ("ghost", 1, 14000, finite.product),
+    ],
+)
+def test_such_a_sample_adds_nothing(
+    method: str, length: int, width: int, op: object, fused: bool, backend: str | None
+) -> None:
     torch.manual_seed(0)
-    width = KEPT["width"]
-    model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
-    x, y = torch.randn(2, 5, KEPT["length"], width)
+    last = min(width, 450)
+    model = nn.Sequential(nn.Linear(width, last), nn.Tanh(), nn.Linear(last, last))
+    x, y = torch.randn(5, length, width), torch.randn(5, length, last)
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs - targets).square().mean((1, 2))
 
     options = {"loss_fn": loss, "sample_targets": y} if fused else {}
-    dp_model = dpcompile(model, x, max_grad_norm=0.01, loss_reduction="sum", **options)
+    dp_model = dpcompile(model, x, max_grad_norm=0.01, loss_reduction="sum", norm_method=method, **options)
     program = dp_model._emitted.backward or dp_model._emitted.forward
-    assert list(program.graph.find_nodes(op="call_function", target=finite.weighted_rows))
+    assert list(program.graph.find_nodes(op="call_function", target=op))
 
     def gradients(rows: Tensor, targets: Tensor) -> list[Tensor]:
         model.zero_grad()
@@ -34,7 +42,7 @@ def test_such_a_sample_adds_nothing_to_kept_gradients(fused: bool, backend: str 
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     strange = x.clone()
-    strange[1, 3] = torch.nan
+    strange[1, 0] = torch.nan
     strange[4, 0] = torch.inf
     others = [0, 2, 3]
     for found, expected in zip(gradients(strange, y), gradients(x[others], y[others]), strict=True):
@@ -63,6 +71,19 @@ def test_rows_are_weighted_without_those_to_be_cleared() -> None:
     compiled = torch.compile(finite.weighted_rows, fullgraph=True, backend="aot_eager")
     for run in (finite.weighted_rows, compiled):
         torch.testing.assert_close(run(weight, rows, mask), expected)
+
+
+def test_a_product_leaves_out_positions_of_samples_to_be_cleared() -> None:
+    left, right, mask = torch.randn(2, 6), torch.randn(6, 4), torch.tensor([True, False, True])
+    torch.testing.assert_close(finite.product(left, right, None), left @ right)
+    compiled = torch.compile(finite.product, fullgraph=True, backend="aot_eager")
+    for run in (finite.product, compiled):
+        torch.testing.assert_close(run(left, right, torch.ones(3, dtype=torch.bool)), left @ right)
+    rest = [0, 1, 4, 5]
+    expected = left[:, rest] @ right[rest]
+    left[:, 2], right[3] = torch.nan, torch.inf
+    for run in (finite.product, compiled):
+        torch.testing.assert_close(run(left, right, mask), expected)
 
 
 def test_what_is_settled_is_itself_in_eager_calls_and_a_copy_for_a_compiler() -> None:
