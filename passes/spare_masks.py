@@ -92,5 +92,6 @@ def _marked(factor: fx.Node) -> fx.Node | None:
     if source.target is not finite.finite_rows or len(source.users) > 1:
         return None
     width, own = (node.meta["val"].shape[-1] for node in (factor, source))
-    large = math.prod(hint(size) for size in source.meta["val"].shape) >= LARGE
+    sizes = [hint(size) for size in source.meta["val"].shape]
+    large = None not in sizes and math.prod(sizes) >= LARGE  # None: only the data tell
     return source if large and size_of(width) == size_of(own) else None
