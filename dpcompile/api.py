@@ -125,7 +125,8 @@ def dpcompile(
             `nonfinite_samples` ("zero", which keeps the sensitivity), or stops the backward ("raise").
         memory_budget: most bytes that a step may need at its peak, above what is there between steps, as the plan
             predicts it: a factor of plain training's peak if below 100, else bytes, or a text such as "24GB". The
-            fastest norm methods within it are chosen. None: 1.1, or what the least plan needs if that is more.
+            fastest norm methods within it are chosen. None: 1.1, eager and compiled, of which 0.04 are left to what no
+            graph shows, as workspace of kernels; or what the least plan needs if that is more.
         tune: time the norm methods that are near the best by the cost model, each at the site's own sizes and on the
             model's device, and choose by that. Times are kept on disk (dpcompile/tuning.py) and used again.
         validate: "probe" runs the emitted graph on two samples like the first of `sample_input` and compares their
