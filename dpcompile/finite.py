@@ -53,12 +53,20 @@ def product(left_pn: torch.Tensor, right_nd: torch.Tensor, mask_B: torch.Tensor 
     return torch.mm(torch.where(mask_n, left_pn, 0), cleared(right_nd, mask_n))
 
 
-@torch.library.custom_op("dpcompile::finite_product", mutates_args=())
+# Called for every large weight of a compiled step: `custom_op` would take 20 microseconds more for each call.
+torch.library.define(
+    "dpcompile::finite_product",
+    "(Tensor left_pn, Tensor right_nd, Tensor finite_B) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("dpcompile::finite_product", "cpu")
 def _product(left_pn: torch.Tensor, right_nd: torch.Tensor, finite_B: torch.Tensor) -> torch.Tensor:
     return product(left_pn, right_nd, None if bool(finite_B.all()) else finite_B)
 
 
-@_product.register_fake
+@torch.library.register_fake("dpcompile::finite_product")
 def _(left_pn: torch.Tensor, right_nd: torch.Tensor, finite_B: torch.Tensor) -> torch.Tensor:
     return torch.mm(left_pn, right_nd)
 

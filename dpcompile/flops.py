@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from dpcompile.finite import product
 from dpcompile.layouts import convolution
-from dpcompile.recurrent import CALLS, sides_of_step
+from dpcompile.recurrent_costs import CALLS, sides_of_step
 
 aten = torch.ops.aten
 Shape = Sequence[Any]

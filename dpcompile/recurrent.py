@@ -19,12 +19,11 @@ steps of its own, without waiting for others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch.utils.flop_counter import register_flop_formula
+from torch import Tensor
 
 from dpcompile import native
 from dpcompile.shapes import hint
@@ -40,7 +39,8 @@ BLOCK = 8
 """Samples that a thread goes through the steps with, at most twice as many."""
 
 
-def _native(tensor_BT: Tensor) -> bool:
+def goes_by_kernel(tensor_BT: Tensor) -> bool:
+    """Whether the loop over such gates, or gradients of states, is that of recurrent.cpp."""
     if tensor_BT.device.type != "cpu" or tensor_BT.dtype not in (torch.float32, torch.float64):
         return False
     return 2 * -(-hint(tensor_BT.shape[0]) // BLOCK) >= torch.get_num_threads() and native.library() is not None
@@ -101,7 +101,7 @@ def _lstm(gates: Tensor, bias: Tensor | None, weight: Tensor, h0: Tensor, c0: Te
     width = weight.shape[1]
     acts = gates.new_empty(gates.shape)
     h_BTH, c_BTH = (gates.new_empty([*gates.shape[:2], width]) for _ in range(2))
-    if _native(gates):
+    if goes_by_kernel(gates):
         own_bias = None if bias is None else _beside(bias)
         steps = [_beside(gates), own_bias, acts, h_BTH, c_BTH]
         native.recurrence("lstm", weight.contiguous(), [h0.contiguous(), c0.contiguous()], steps)
@@ -137,7 +137,7 @@ def _lstm_backward(
     width = weight.shape[1]
     grad = acts.new_empty(acts.shape)
     flow_h = torch.empty_like(c0, memory_format=torch.contiguous_format)
-    if _native(grad):
+    if goes_by_kernel(grad):
         flow_c = torch.zeros_like(flow_h)
         steps = [_beside(grad_h), None if grad_c is None else _beside(grad_c), c, acts, grad]
         native.recurrence("lstm_backward", weight.contiguous(), [c0.contiguous()], steps, [flow_h, flow_c])
@@ -193,7 +193,7 @@ def _gru(gates: Tensor, bias: Tensor | None, weight: Tensor, h0: Tensor) -> tupl
     _with_bias(_part(gates, width, 0, 2), None if bias is None else _part(bias, width, 0, 2), both)
     hidden.zero_() if bias is None else hidden.copy_(_part(bias, width, 2, 3))
     entered_BTH = _part(gates, width, 2, 3)
-    if _native(gates):
+    if goes_by_kernel(gates):
         native.recurrence("gru", weight.contiguous(), [h0.contiguous()], [_beside(entered_BTH), acts, h_BTH])
         return h_BTH, acts
     weight_Hp = weight.t().contiguous()
@@ -231,7 +231,7 @@ def _gru_backward(grad_h: Tensor, h0: Tensor, h: Tensor, acts: Tensor, weight: T
     of_z[:, 1:].mul_(h[:, :-1] - n[:, 1:])
     flow_BTH = torch.empty_like(h)
     grad_h0 = torch.empty_like(h0, memory_format=torch.contiguous_format)
-    if _native(h):
+    if goes_by_kernel(h):
         steps = [_beside(grad_h), z, grad_hidden, flow_BTH]
         native.recurrence("gru_backward", weight.contiguous(), [], steps, [grad_h0])
     else:
@@ -270,7 +270,7 @@ def _(grad_h: Tensor, h0: Tensor, h: Tensor, acts: Tensor, weight: Tensor) -> tu
 def _rnn(gates: Tensor, bias: Tensor | None, weight: Tensor, h0: Tensor, relu: bool) -> Tensor:
     """h after every step, [B, T, H]."""
     h_BTH = _with_bias(gates, bias, gates.new_empty(gates.shape))
-    if _native(gates):
+    if goes_by_kernel(gates):
         native.recurrence("rnn", weight.contiguous(), [h0.contiguous()], [h_BTH], relu=relu)
         return h_BTH
     weight_Hp = weight.t().contiguous()
@@ -295,7 +295,7 @@ def _rnn_backward(grad_h: Tensor, h: Tensor, weight: Tensor, relu: bool) -> tupl
     else:
         torch.mul(h, h, out=grad).neg_().add_(1)
     flow = h.new_empty(h.shape[0], h.shape[2])
-    if _native(h):
+    if goes_by_kernel(h):
         native.recurrence("rnn_backward", weight.contiguous(), [], [_beside(grad_h), grad], [flow])
         return grad, flow
     carried, steps, grads_h = _carrier(grad, weight), grad.unbind(1), grad_h.unbind(1)
@@ -393,67 +393,3 @@ LSTM_BACKWARD, GRU_BACKWARD, RNN_BACKWARD = (
     _own.rnn_backward.default,
 )
 OPS = (LSTM, GRU, RNN)
-
-# ---------------------------------------------------------------- what they cost
-
-
-@register_flop_formula([_own.lstm, _own.gru, _own.rnn])
-def _flops(gates_shape: Sequence[Any], bias_shape: Any, weight_shape: Sequence[Any], *_: Any, **__: Any) -> Any:
-    return _products(gates_shape, weight_shape)
-
-
-@register_flop_formula([_own.lstm_backward, _own.gru_backward])
-def _flops_back(grad_h_shape: Sequence[Any], *shapes: Any, **__: Any) -> Any:
-    return _products(grad_h_shape, shapes[-1])
-
-
-@register_flop_formula(_own.rnn_backward)
-def _flops_rnn_back(grad_h_shape: Sequence[Any], h_shape: Any, weight_shape: Sequence[Any], *_: Any, **__: Any) -> Any:
-    return _products(grad_h_shape, weight_shape)
-
-
-def _products(state_shape: Sequence[Any], weight_shape: Sequence[Any]) -> Any:
-    """Of a product with the weight at every step."""
-    return 2 * state_shape[0] * state_shape[1] * weight_shape[0] * weight_shape[1]
-
-
-CALLS: dict[Any, int] = {LSTM: 7, GRU: 5, RNN: 2, LSTM_BACKWARD: 9, GRU_BACKWARD: 6, RNN_BACKWARD: 2}
-"""Ops that each step consists of."""
-
-
-def steps_of(node: fx.Node) -> int:
-    """How many steps the op goes through one call after the other, for the sample; 1 for an op without steps."""
-    return hint(_shape(node, 0)[1]) if _looped(node) else 1
-
-
-def calls_of(node: fx.Node) -> int:
-    """How many ops the op consists of."""
-    return steps_of(node) * CALLS[node.target] if _looped(node) else 1
-
-
-def _looped(node: fx.Node) -> bool:
-    """Whether its steps are ops of torch."""
-    return node.target in CALLS and not _native(_tensor(node, 0))
-
-
-def by_kernel(node: fx.Node) -> bool:
-    """Whether it is a recurrence that a kernel of our own goes through."""
-    return node.target in CALLS and not _looped(node)
-
-
-def sides_of_step(node: fx.Node) -> tuple[Any, ...]:
-    """Of the product with the weight that each step has: samples, and the weight's own. None in a loop of our own."""
-    if not _looped(node):
-        return ()
-    weight = next(i for i, argument in enumerate(node.target._schema.arguments) if argument.name == "weight")  # type: ignore[union-attr]
-    return (_shape(node, 0)[0], *_shape(node, weight))
-
-
-def _shape(node: fx.Node, at: int) -> tuple[Any, ...]:
-    return tuple(_tensor(node, at).shape)
-
-
-def _tensor(node: fx.Node, at: int) -> Tensor:
-    argument = node.args[at]
-    assert isinstance(argument, fx.Node)
-    return argument.meta["val"]

@@ -20,7 +20,8 @@ from dpcompile.flops import flops_of, is_attention, sides_of
 from dpcompile.ir import Program
 from dpcompile.memory import Storages
 from dpcompile.pools import max_pool
-from dpcompile.recurrent import GRU, LSTM, RNN, by_kernel, calls_of, steps_of
+from dpcompile.recurrent import GRU, LSTM, RNN
+from dpcompile.recurrent_costs import by_kernel, calls_of, steps_of
 from dpcompile.shapes import size_of
 from dpcompile.torch_internals import sample_sizes
 

@@ -74,8 +74,8 @@ def _leave_out(product: fx.Node) -> None:
     left, right = product.args
     assert isinstance(left, fx.Node)
     assert isinstance(right, fx.Node)
-    if product.meta["val"].device.type != "cpu":
-        return  # elsewhere the op would wait for the device
+    if product.meta["val"].device.type != "cpu" or is_one(left.meta["val"].shape[0]):
+        return  # elsewhere the op would wait for the device; one row masks what it reads in the loop that scales it
     for factor in (right, left.args[0] if left.target is aten.permute.default and len(left.users) == 1 else None):
         marked = _marked(factor) if isinstance(factor, fx.Node) else None
         if marked is not None:

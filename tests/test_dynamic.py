@@ -214,14 +214,8 @@ def test_copies_and_stored_modules_take_any_length() -> None:
         check_against_oracle(own, other, 2, max_grad_norm=bound)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param({"clip_groups": "per-layer"}, marks=pytest.mark.slow),
-        {"views": 3},
-        pytest.param({"loss_reduction": "sum"}, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"clip_groups": "per-layer"}, {"views": 3}, {"loss_reduction": "sum"}])
 def test_other_options(options: dict[str, Any]) -> None:
     """The norms of a module that was compiled at this length alone."""
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ BASE |= {
     "native",
     "patches",
     "recurrent",
+    "recurrent_costs",
     "rounding",
     "stored",
     "tiles",
