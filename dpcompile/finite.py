@@ -61,7 +61,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("dpcompile::finite_product", "cpu")
+@torch.library.impl("dpcompile::finite_product", "default")  # of every device: a module may move
 def _product(left_pn: torch.Tensor, right_nd: torch.Tensor, finite_B: torch.Tensor) -> torch.Tensor:
     return product(left_pn, right_nd, None if bool(finite_B.all()) else finite_B)
 

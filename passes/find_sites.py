@@ -35,7 +35,7 @@ from dpcompile.origin import origin
 from dpcompile.rules.derive import permutation_of, selects
 from dpcompile.rules.sites import rule_for
 from dpcompile.rules.sites.base import Call, Work, bind, slots_of
-from dpcompile.rules.sites.embedding import OPERANDS, shared_index, shared_work
+from dpcompile.rules.sites.embedding import shared_index, shared_work
 
 
 def find_sites(program: Program, tracked: Tracked) -> Uses:
@@ -186,7 +186,7 @@ def _chain(value: fx.Node, body: dict[fx.Node, None], params: dict[fx.Node, None
         composed = tuple(own[i] for i in composed)
     if composed is not None:
         return Chain.PERMUTE, composed
-    if len(body) == 1 and shared_index(value) is not None and bind(value)[OPERANDS[value.target][0]] in params:
+    if len(body) == 1 and shared_index(value) is not None:  # of the parameter itself: an index is none
         return Chain.LOOKUP, ()
     if all(selects(node) or node.target is operator.getitem for node in body):
         return Chain.SELECT, ()
