@@ -43,6 +43,7 @@ from dpcompile.passes.pool_by_rows import pool_by_rows
 from dpcompile.passes.reweight_gradients import reweight_gradients
 from dpcompile.passes.rewrite import Order, Rewrite, rewrite
 from dpcompile.passes.scale_in_place import scale_in_place
+from dpcompile.passes.share_grams import share_grams
 from dpcompile.passes.spare_masks import spare_masks
 from dpcompile.passes.split import split
 from dpcompile.passes.tidy import tidy
@@ -62,6 +63,7 @@ REWRITES: tuple[Rewrite, ...] = (
     reweight_gradients,  # needs the clip factors
     compute_again,  # among the sums
     tidy,
+    share_grams,  # of factors that tidy has made one
     part_gradients,  # that tidy has made one
     spare_masks,  # of the marks that tidy has merged
     fuse_products,  # that tidy has left apart

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from dpcompile.opaque import opaque
+
 
 @torch.library.custom_op("dpcompile::finite_rows", mutates_args=())
 def _finite_rows(tensor: torch.Tensor, finite_B: torch.Tensor) -> torch.Tensor:
@@ -53,25 +55,15 @@ def product(left_pn: torch.Tensor, right_nd: torch.Tensor, mask_B: torch.Tensor 
     return torch.mm(torch.where(mask_n, left_pn, 0), cleared(right_nd, mask_n))
 
 
-# Called for every large weight of a compiled step: `custom_op` would take 20 microseconds more for each call.
-torch.library.define(
-    "dpcompile::finite_product",
-    "(Tensor left_pn, Tensor right_nd, Tensor finite_B) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-@torch.library.impl("dpcompile::finite_product", "default")  # of every device: a module may move
 def _product(left_pn: torch.Tensor, right_nd: torch.Tensor, finite_B: torch.Tensor) -> torch.Tensor:
     return product(left_pn, right_nd, None if bool(finite_B.all()) else finite_B)
 
 
-@torch.library.register_fake("dpcompile::finite_product")
-def _(left_pn: torch.Tensor, right_nd: torch.Tensor, finite_B: torch.Tensor) -> torch.Tensor:
-    return torch.mm(left_pn, right_nd)
-
-
-PRODUCT = torch.ops.dpcompile.finite_product.default
+PRODUCT = opaque(
+    "finite_product(Tensor left_pn, Tensor right_nd, Tensor finite_B) -> Tensor",
+    _product,
+    lambda left_pn, right_nd, finite_B: torch.mm(left_pn, right_nd),
+)
 
 
 def weighted_rows(weight_1B: torch.Tensor, values_Bn: torch.Tensor, mask_B: torch.Tensor | None) -> torch.Tensor:

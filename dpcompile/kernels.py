@@ -22,6 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dpcompile import native
 from dpcompile.errors import DPCompileError
+from dpcompile.opaque import opaque
 from dpcompile.patches import Window, tables
 from dpcompile.rounding import row_norms
 
@@ -100,19 +101,29 @@ def _side(total: torch.dtype) -> int:
     return SIDE // 2 if total is torch.float64 else SIDE
 
 
-@torch.library.custom_op("dpcompile::paired", mutates_args=())
-def paired(rows_NTp: torch.Tensor, cols_NTd: torch.Tensor, wide: bool) -> torch.Tensor:
+def _paired(rows_NTp: torch.Tensor, cols_NTd: torch.Tensor, wide: bool) -> torch.Tensor:
     """[4, N] float64: sums over t and s of K_ts A_ts, |K_ts| c_t c_s and |A_ts| r_t r_s, and over t of r_t c_t.
 
     K = rows rows^T and A = cols cols^T, r and c are at least the norms of rows and cols. Sums are in float32, of
     float64 factors and where `wide` says so in float64. An element of K is a sum of p products, in terms(p) roundings;
     one of A a sum of d. What is summed over t and s is rounded once or twice, and summed in pair_terms(T) roundings.
     """
-    _check(rows_NTp, cols_NTd)
+    return _shared([rows_NTp, cols_NTd], [0, 1], wide)[0]
+
+
+def _shared(factors_NTk: list[torch.Tensor], pairs: list[int], wide: bool) -> torch.Tensor:
+    """[pairs, 4, N] as `paired`, of factors by their numbers, two for each pair: of each one Gram matrix is formed."""
+    _check(*factors_NTk)
+    total = sum_type(factors_NTk[0].dtype, wide=wide)
+    if _native(factors_NTk[0].device):
+        return native.paired([(factor, None) for factor in factors_NTk], pairs, total)
+    each = [(factors_NTk[row], factors_NTk[col]) for row, col in zip(pairs[::2], pairs[1::2], strict=True)]
+    return torch.stack([_in_tiles(rows, cols, total) for rows, cols in each])
+
+
+def _in_tiles(rows_NTp: torch.Tensor, cols_NTd: torch.Tensor, total: torch.dtype) -> torch.Tensor:
     samples, length, p = rows_NTp.shape
-    d, total = cols_NTd.shape[2], sum_type(rows_NTp.dtype, wide=wide)
-    if _native(rows_NTp.device):
-        return native.norms("paired", rows_NTp, cols_NTd, total, 4)
+    d = cols_NTd.shape[2]
     row_norms_NT, col_norms_NT = row_norms(rows_NTp), row_norms(cols_NTd)
     sides = -(-length // _side(total))
     tiles = sides * (sides + 1) // 2
@@ -120,13 +131,13 @@ def paired(rows_NTp: torch.Tensor, cols_NTd: torch.Tensor, wide: bool) -> torch.
     if partial.numel():
         given = (rows_NTp, cols_NTd, row_norms_NT, col_norms_NT)
         strides = [stride for tensor in given for stride in tensor.stride()]
+        wide = total is torch.float64
         _launch("paired", *given, partial, length, p, d, *strides, tiles, grid=samples * tiles, wide=wide)
     lengths_N = (row_norms_NT * col_norms_NT).sum(1, dtype=torch.float64)
     return torch.cat([partial.sum(1).T, lengths_N.unsqueeze(0)])
 
 
-@torch.library.custom_op("dpcompile::squared", mutates_args=())
-def squared(rows_NTp: torch.Tensor, cols_NTd: torch.Tensor, wide: bool) -> torch.Tensor:
+def _squared(rows_NTp: torch.Tensor, cols_NTd: torch.Tensor, wide: bool) -> torch.Tensor:
     """[2, N] float64: sum_pd (sum_t rows_tp cols_td)^2, and the sum over t of r_t c_t, in the terms of `paired`.
 
     An element of rows^T cols is a sum of T products, in terms(T) roundings; its square is rounded once, and squares are
@@ -136,7 +147,7 @@ def squared(rows_NTp: torch.Tensor, cols_NTd: torch.Tensor, wide: bool) -> torch
     samples, length, p = rows_NTp.shape
     d, total = cols_NTd.shape[2], sum_type(rows_NTp.dtype, wide=wide)
     if _native(rows_NTp.device):
-        return native.norms("squared", rows_NTp, cols_NTd, total, 2)
+        return native.squared(rows_NTp, cols_NTd, None, total)
     across = -(-d // _side(total))
     tiles = -(-p // _side(total)) * across
     partial = rows_NTp.new_empty((samples, tiles), dtype=torch.float64)
@@ -148,40 +159,38 @@ def squared(rows_NTp: torch.Tensor, cols_NTd: torch.Tensor, wide: bool) -> torch
     return torch.stack([partial.sum(1), lengths_N])
 
 
-@torch.library.custom_op("dpcompile::paired_patches", mutates_args=())
-def paired_patches(
+def _paired_patches(
     rows: torch.Tensor, image: torch.Tensor, kernel: list[int], stride: list[int], dilation: list[int], wide: bool
 ) -> torch.Tensor:
     """[4, N] as `paired`, from [N, p, *positions] and padded images [N, C, *sizes]: T positions, d = C prod(kernel)."""
-    return _of_patches("paired", 4, rows, image, kernel, stride, dilation, wide)
+    found = _places("paired", rows, image, kernel, stride, dilation)
+    rows_NTp = rows.flatten(2).transpose(1, 2)
+    return native.paired([(rows_NTp, None), (image, found)], [0, 1], sum_type(rows.dtype, wide=wide))[0]
 
 
-@torch.library.custom_op("dpcompile::squared_patches", mutates_args=())
-def squared_patches(
+def _squared_patches(
     rows: torch.Tensor, image: torch.Tensor, kernel: list[int], stride: list[int], dilation: list[int], wide: bool
 ) -> torch.Tensor:
     """[2, N] as `squared`."""
-    return _of_patches("squared", 2, rows, image, kernel, stride, dilation, wide)
+    found = _places("squared", rows, image, kernel, stride, dilation)
+    return native.squared(rows.flatten(2).transpose(1, 2), image, found, sum_type(rows.dtype, wide=wide))
 
 
-def _of_patches(
-    name: str,
-    sums: int,
-    rows: torch.Tensor,
-    image: torch.Tensor,
-    kernel: list[int],
-    stride: list[int],
-    dilation: list[int],
-    wide: bool,
-) -> torch.Tensor:
+def _places(
+    name: str, rows: torch.Tensor, image: torch.Tensor, kernel: list[int], stride: list[int], dilation: list[int]
+) -> native.Tables:
+    """Where the patches of images are."""
     _check(rows, image)
     positions, sizes = tuple(rows.shape[2:]), tuple(image.shape[2:])
     window = Window(tuple(kernel), tuple(stride), ((0, 0),) * len(kernel), tuple(dilation), 1)
     if window.extent(positions) != sizes or rows.shape[0] != image.shape[0]:
         raise RuntimeError(f"{name}_patches: {tuple(rows.shape)} are not the positions of {tuple(image.shape)}")
-    found = tables(image.shape[1], sizes, window.kernel, window.stride, window.dilation, positions)
-    rows_NTp = rows.flatten(2).transpose(1, 2)
-    return native.norms(name, rows_NTp, image, sum_type(rows.dtype, wide=wide), sums, found)
+    return tables(image.shape[1], sizes, window.kernel, window.stride, window.dilation, positions)
+
+
+def shares_factors(device: torch.device) -> bool:
+    """Whether a Gram matrix that several norms need is formed once there."""
+    return _native(device) and available(device)
 
 
 def reads_patches(device: torch.device) -> bool:
@@ -189,12 +198,13 @@ def reads_patches(device: torch.device) -> bool:
     return _native(device) and available(device)
 
 
-def _check(rows: torch.Tensor, cols: torch.Tensor) -> None:
-    assert rows.dtype is cols.dtype
-    if not available(rows.device):
-        needed = "g++" if rows.device.type == "cpu" else "triton and a CUDA device of compute capability 8.0"
+def _check(*factors: torch.Tensor) -> None:
+    device = factors[0].device
+    assert len({factor.dtype for factor in factors}) == 1
+    if not available(device):
+        needed = "g++" if device.type == "cpu" else "triton and a CUDA device of compute capability 8.0"
         raise DPCompileError(
-            f"kernels: the plan takes norms from kernels that need {needed} on {rows.device}. "
+            f"kernels: the plan takes norms from kernels that need {needed} on {device}. "
             "Install it, or compile the model again on this machine."
         )
 
@@ -214,30 +224,42 @@ def _launch(name: str, rows: torch.Tensor, cols: torch.Tensor, *arguments: Any, 
         kernel(rows, cols, *arguments, *types, _side(total), depth, SPAN, enable_fp_fusion=True)
 
 
-PAIRED = torch.ops.dpcompile.paired.default
-SQUARED = torch.ops.dpcompile.squared.default
-PAIRED_PATCHES = torch.ops.dpcompile.paired_patches.default
-SQUARED_PATCHES = torch.ops.dpcompile.squared_patches.default
-OPS = (PAIRED, SQUARED, PAIRED_PATCHES, SQUARED_PATCHES)
+def _four(rows: torch.Tensor, *_: Any) -> torch.Tensor:
+    return rows.new_empty((4, rows.shape[0]), dtype=torch.float64)
 
 
-@paired.register_fake
-@paired_patches.register_fake
-def _(rows_NTp: torch.Tensor, *_: Any) -> torch.Tensor:
-    return rows_NTp.new_empty((4, rows_NTp.shape[0]), dtype=torch.float64)
+def _two(rows: torch.Tensor, *_: Any) -> torch.Tensor:
+    return rows.new_empty((2, rows.shape[0]), dtype=torch.float64)
 
 
-@squared.register_fake
-@squared_patches.register_fake
-def _(rows_NTp: torch.Tensor, *_: Any) -> torch.Tensor:
-    return rows_NTp.new_empty((2, rows_NTp.shape[0]), dtype=torch.float64)
+def _four_each(factors: Sequence[torch.Tensor], pairs: Sequence[int], _: bool) -> torch.Tensor:
+    return factors[0].new_empty((len(pairs) // 2, 4, factors[0].shape[0]), dtype=torch.float64)
+
+
+_PATCHES = "(Tensor rows, Tensor image, SymInt[] kernel, SymInt[] stride, SymInt[] dilation, bool wide) -> Tensor"
+
+PAIRED = opaque("paired(Tensor rows_NTp, Tensor cols_NTd, bool wide) -> Tensor", _paired, _four)
+SHARED = opaque("shared(Tensor[] factors_NTk, int[] pairs, bool wide) -> Tensor", _shared, _four_each)
+SQUARED = opaque("squared(Tensor rows_NTp, Tensor cols_NTd, bool wide) -> Tensor", _squared, _two)
+PAIRED_PATCHES = opaque("paired_patches" + _PATCHES, _paired_patches, _four)
+SQUARED_PATCHES = opaque("squared_patches" + _PATCHES, _squared_patches, _two)
+OPS = (PAIRED, SHARED, SQUARED, PAIRED_PATCHES, SQUARED_PATCHES)
 
 
 @register_flop_formula(torch.ops.dpcompile.paired)
 def _(rows_shape: Sequence[int], cols_shape: Sequence[int], *_: Any, **__: Any) -> int:
     """Of pairs t <= s alone, although tiles on the diagonal are formed whole."""
-    samples, length, p = rows_shape
-    return samples * length * (length + 1) * (p + cols_shape[2])
+    return _gram(rows_shape) + _gram(cols_shape)
+
+
+@register_flop_formula(torch.ops.dpcompile.shared)
+def _(shapes: Sequence[Sequence[int]], *_: Any, **__: Any) -> int:
+    return sum(map(_gram, shapes))
+
+
+def _gram(shape: Sequence[int]) -> int:
+    samples, length, width = shape
+    return samples * length * (length + 1) * width
 
 
 @register_flop_formula(torch.ops.dpcompile.squared)
@@ -249,7 +271,7 @@ def _(rows_shape: Sequence[int], cols_shape: Sequence[int], *_: Any, **__: Any) 
 def _(rows_shape: Sequence[int], image_shape: Sequence[int], kernel: Sequence[int], *_: Any, **__: Any) -> int:
     samples, p, *positions = rows_shape
     length = math.prod(positions)
-    return samples * length * (length + 1) * (p + image_shape[1] * math.prod(kernel))
+    return _gram((samples, length, p + image_shape[1] * math.prod(kernel)))
 
 
 @register_flop_formula(torch.ops.dpcompile.squared_patches)

@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -86,56 +87,84 @@ def _machine() -> str:
 Tables = tuple[torch.Tensor, torch.Tensor]
 
 
-def norms(
-    name: str,
-    rows_NTp: torch.Tensor,
-    cols_NTd: torch.Tensor,
-    total: torch.dtype,
-    sums: int,
-    tables: Tables | None = None,
-) -> torch.Tensor:
-    """[sums, N] float64 of a kernel, whose products are added up in type `total`.
+def paired(factors: Sequence[tuple[torch.Tensor, Tables | None]], pairs: list[int], total: torch.dtype) -> torch.Tensor:
+    """[pairs, 4, N] float64: sums of kernels.py for pairs of factors [N, T, k], given by their numbers.
 
-    `tables`: int64, by which columns are found in images [N, ...]: those of position t at positions[t] + elements[k].
+    Products are added up in type `total`. With tables a factor is found in images [N, ...]: element k of position t at
+    positions[t] + elements[k].
     """
-    out = torch.zeros((sums, rows_NTp.shape[0]), dtype=torch.float64)
-    _run(name, rows_NTp, cols_NTd, total, tables, out)
+    given = [_Factor.of(*factor) for factor in factors]
+    samples, length = factors[0][0].shape[:2]
+    out = torch.zeros((len(pairs) // 2, 4, samples), dtype=torch.float64)
+    if out.numel() and length:
+        sizes = [samples, length, len(given), len(pairs) // 2]
+        for factor in given:
+            sizes += (factor.width, *factor.layout)
+        slack = [number for factor in given for number in norm_slack(factor.width, total)]
+        _kernel("paired", given[0].tensor.dtype, total)(
+            (ctypes.c_void_p * len(given))(*(factor.tensor.data_ptr() for factor in given)),
+            (ctypes.c_int64 * (len(sizes) + len(pairs)))(*sizes, *pairs),
+            (ctypes.c_double * len(slack))(*slack),
+            torch.get_num_threads(),
+            ctypes.c_void_p(out.data_ptr()),
+        )
     return out
 
 
-def gradients(rows_NTp: torch.Tensor, cols_NTd: torch.Tensor, tables: Tables) -> torch.Tensor:
+def squared(rows_NTp: torch.Tensor, cols: torch.Tensor, tables: Tables | None, total: torch.dtype) -> torch.Tensor:
+    """[2, N] float64: sums of kernels.py, whose products are added up in type `total`."""
+    out = torch.zeros((2, rows_NTp.shape[0]), dtype=torch.float64)
+    _run("squared", rows_NTp, cols, tables, total, out)
+    return out
+
+
+def gradients(rows_NTp: torch.Tensor, cols: torch.Tensor, tables: Tables) -> torch.Tensor:
     """[N, p, d]: rows^T cols of every sample, of columns that tables find in images."""
     shape = (rows_NTp.shape[0], rows_NTp.shape[2], len(tables[1]))
     out = rows_NTp.new_empty(shape) if rows_NTp.numel() else rows_NTp.new_zeros(shape)
-    _run("gradients", rows_NTp, cols_NTd, rows_NTp.dtype, tables, out)
+    _run("gradients", rows_NTp, cols, tables, rows_NTp.dtype, out)
     return out
 
 
+class _Factor(NamedTuple):
+    """[N, T, width]: where its numbers are."""
+
+    tensor: torch.Tensor
+    width: int
+    layout: tuple[int, ...]  # strides; with tables that of samples, and where the tables are
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, tables: Tables | None) -> _Factor:
+        tensor = tensor.float() if tensor.dtype is torch.float16 else tensor
+        if tables is None:
+            return cls(tensor, tensor.shape[2], (*tensor.stride(), 0, 0))
+        tensor, (positions, elements) = tensor.contiguous(), tables
+        return cls(tensor, len(elements), (tensor[:1].numel(), 0, 0, positions.data_ptr(), elements.data_ptr()))
+
+
 def _run(
-    name: str, rows: torch.Tensor, cols: torch.Tensor, total: torch.dtype, tables: Tables | None, out: torch.Tensor
+    name: str, rows: torch.Tensor, cols: torch.Tensor, tables: Tables | None, total: torch.dtype, out: torch.Tensor
 ) -> None:
     """A kernel of tiles.cpp that adds to `out` or writes there."""
-    found = library()
-    assert found is not None
-    rows, cols = (x.float() if x.dtype is torch.float16 else x for x in (rows, cols))
-    samples, length, p = rows.shape
-    if tables is None:
-        d, layout = cols.shape[2], (*cols.stride(), 0, 0)
-    else:
-        cols, (positions, elements) = cols.contiguous(), tables
-        d, layout = len(elements), (cols[:1].numel(), 0, 0, positions.data_ptr(), elements.data_ptr())
-    if rows.numel() and d:
-        sizes = (samples, length, p, d, *rows.stride(), *layout)
-        slack = (*norm_slack(p, total), *norm_slack(d, total))
-        kernel = getattr(found, f"{name}_{_short(rows.dtype)}_{_short(total)}")
-        kernel(
-            ctypes.c_void_p(rows.data_ptr()),
-            ctypes.c_void_p(cols.data_ptr()),
+    left, right = _Factor.of(rows, None), _Factor.of(cols, tables)
+    if rows.numel() and right.width:
+        sizes = (*rows.shape, right.width, *left.layout, *right.layout)
+        slack = (*norm_slack(left.width, total), *norm_slack(right.width, total))
+        _kernel(name, left.tensor.dtype, total)(
+            ctypes.c_void_p(left.tensor.data_ptr()),
+            ctypes.c_void_p(right.tensor.data_ptr()),
             (ctypes.c_int64 * len(sizes))(*sizes),
             (ctypes.c_double * len(slack))(*slack),
             torch.get_num_threads(),
             ctypes.c_void_p(out.data_ptr()),
         )
+
+
+@functools.cache
+def _kernel(name: str, factor: torch.dtype, total: torch.dtype) -> Any:
+    found = library()
+    assert found is not None
+    return getattr(found, f"{name}_{_short(factor)}_{_short(total)}")
 
 
 def products(

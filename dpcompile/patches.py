@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from dpcompile import native
+from dpcompile.opaque import opaque
 from dpcompile.shapes import size_of
 
 aten = torch.ops.aten
@@ -120,19 +121,19 @@ def kernel_gradient(rows: torch.Tensor, image: torch.Tensor, window: Window, sha
 
 def kernel_gradients(rows: torch.Tensor, image: torch.Tensor, window: Window, shape: tuple[int, ...]) -> torch.Tensor:
     """[B, *shape] the same for each sample: by a kernel, as groups of one convolution, or one after the other."""
-    return _each(*_arguments(rows, image, window, shape))
+    return OP(*_arguments(rows, image, window, shape))
 
 
 def kernel_squares(rows: torch.Tensor, image: torch.Tensor, window: Window, shape: tuple[int, ...]) -> torch.Tensor:
     """[B] float64: the sum of squares of each of `kernel_gradients`, of which a few are there at a time."""
-    return _squares(*_arguments(rows, image, window, shape))
+    return SQUARES(*_arguments(rows, image, window, shape))
 
 
 def kernel_sum(
     rows: torch.Tensor, image: torch.Tensor, weight_B: torch.Tensor, window: Window, shape: tuple[int, ...]
 ) -> torch.Tensor:
     """The weighted sum of just those gradients that `kernel_squares` squares: they are formed by the same calls."""
-    return _sum(*_arguments(rows, image, window, shape), weight_B)
+    return SUM(*_arguments(rows, image, window, shape), weight_B)
 
 
 def _arguments(rows: torch.Tensor, image: torch.Tensor, window: Window, shape: tuple[int, ...]) -> tuple[Any, ...]:
@@ -170,19 +171,6 @@ def by_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in (torch.float32, torch.float64) and native.library() is not None
 
 
-@torch.library.custom_op("dpcompile::kernel_gradients", mutates_args=())
-def _each(
-    rows: torch.Tensor,
-    image: torch.Tensor,
-    shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> torch.Tensor:
-    return _gradients(rows, image, shape, stride, padding, dilation, groups)
-
-
 def _gradients(
     rows: torch.Tensor,
     image: torch.Tensor,
@@ -216,12 +204,15 @@ def _gradients(
     return found
 
 
-OP = torch.ops.dpcompile.kernel_gradients.default
+_WINDOW = (
+    "Tensor rows, Tensor image, SymInt[] shape, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+)
 
-
-@_each.register_fake
-def _(rows: torch.Tensor, image: torch.Tensor, shape: list[int], *_: Any) -> torch.Tensor:
-    return rows.new_empty([rows.shape[0], *shape])
+OP = opaque(
+    f"kernel_gradients({_WINDOW}) -> Tensor",
+    _gradients,
+    lambda rows, image, shape, *_: rows.new_empty([rows.shape[0], *shape]),
+)
 
 
 @register_flop_formula(torch.ops.dpcompile.kernel_gradients)
@@ -240,7 +231,6 @@ def _chunks(rows: torch.Tensor, image: torch.Tensor, shape: list[int], *window: 
         yield part, _gradients(rows[part], image[part], shape, *window).flatten(1)
 
 
-@torch.library.custom_op("dpcompile::kernel_squares", mutates_args=())
 def _squares(
     rows: torch.Tensor,
     image: torch.Tensor,
@@ -256,12 +246,6 @@ def _squares(
     return found
 
 
-@_squares.register_fake
-def _(rows: torch.Tensor, *_: Any) -> torch.Tensor:
-    return rows.new_empty(rows.shape[0], dtype=torch.float64)
-
-
-@torch.library.custom_op("dpcompile::kernel_sum", mutates_args=())
 def _sum(
     rows: torch.Tensor,
     image: torch.Tensor,
@@ -278,9 +262,16 @@ def _sum(
     return total.reshape(shape)
 
 
-@_sum.register_fake
-def _(rows: torch.Tensor, image: torch.Tensor, shape: list[int], *rest: Any) -> torch.Tensor:
-    return rest[-1].new_empty(shape)
+SQUARES = opaque(
+    f"kernel_squares({_WINDOW}) -> Tensor",
+    _squares,
+    lambda rows, *_: rows.new_empty(rows.shape[0], dtype=torch.float64),
+)
+SUM = opaque(
+    f"kernel_sum({_WINDOW}, Tensor weight_B) -> Tensor",
+    _sum,
+    lambda rows, image, shape, *rest: rest[-1].new_empty(shape),
+)
 
 
 @register_flop_formula([torch.ops.dpcompile.kernel_squares, torch.ops.dpcompile.kernel_sum])
@@ -288,6 +279,3 @@ def _flops_in_chunks(
     rows_shape: Sequence[int], image_shape: Sequence[int], shape: Sequence[int], *_: Any, **__: Any
 ) -> int:
     return 2 * math.prod(rows_shape) * math.prod(shape[1:])
-
-
-SQUARES, SUM = torch.ops.dpcompile.kernel_squares.default, torch.ops.dpcompile.kernel_sum.default

@@ -191,12 +191,22 @@ class Plan:
         total += sum(at(part.options[m].flops, part.sizes) for part, m in chosen)
         return sympy.expand(total - self.shared_flops())
 
+    @property
+    def shares_factors(self) -> bool:
+        """Whether norms by kernels that read a factor in common are one call.
+
+        Not where a clip group would wait for another, or what is computed again be held for longer.
+        """
+        return len(self.clip_groups) <= 1 and not self.again
+
     def shared_flops(self) -> sympy.Expr:
         """What is saved by forming equal products once: query, key and value share a Gram matrix."""
         seen: set[Product] = set()
         saved: sympy.Expr = sympy.Integer(0)
         for group in self.costs.groups:
             method = self.method(group.name)
+            if method is Method.FLASH and not self.shares_factors:
+                continue
             for product in (product for part in group.parts for product in part.products if product.method is method):
                 saved += product.flops if product in seen else 0
                 seen.add(product)

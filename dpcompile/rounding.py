@@ -4,6 +4,7 @@ absolute products (Higham 2002, Accuracy and Stability of Numerical Algorithms, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,7 +28,10 @@ def without_bounds() -> Iterator[None]:
 
 def unit(dtype: torch.dtype) -> float:
     """Unit roundoff u: half the distance from 1 to the next number."""
-    return torch.finfo(dtype).eps / 2 if _bounds.get() else 1e-30
+    return _finfo(dtype).eps / 2 if _bounds.get() else 1e-30
+
+
+_finfo = functools.cache(torch.finfo)  # making one takes longer than a small op
 
 
 def gamma(terms: int | torch.SymInt, dtype: torch.dtype) -> float:
@@ -38,7 +42,7 @@ def gamma(terms: int | torch.SymInt, dtype: torch.dtype) -> float:
 
 def tiny(dtype: torch.dtype) -> float:
     """What a product that underflows may lose, also where subnormal numbers count as zero."""
-    return torch.finfo(dtype).tiny
+    return _finfo(dtype).tiny
 
 
 def storage_unit(dtype: torch.dtype) -> float:

@@ -154,15 +154,24 @@ struct Sizes {
 
 // ------------------------------------------------------------------ flash ghost norm
 
+// [samples, length, width].
+template <typename G>
+struct Factor {
+  const G *from;
+  int64_t width;
+  Layout layout;
+  Slack slack;
+};
+
 // Of pairs of positions: sums of K A, |K| c c and |A| r r.
 template <typename F>
 struct Pairs {
-  const F *r, *c, *row_gram, *col_gram;
   Sums<F> together, by_cols, by_rows;
 
   // Lines [begin, end) of a strip, with `times(t, s)` what a pair counts in each lane.
   template <typename Skip, typename Times>
-  void add(int64_t begin, int64_t end, int64_t first, int64_t n, Skip skip, Times times) {
+  void add(const F *row_gram, const F *col_gram, const F *r, const F *c, int64_t begin, int64_t end, int64_t first,
+           int64_t n, Skip skip, Times times) {
     constexpr int W = WIDTH<F>;
     for (int64_t start = begin; start < end; start += LINES_ADDED) {
       Lanes<F> pairs{}, row_sums{}, col_sums{};
@@ -184,15 +193,19 @@ struct Pairs {
   }
 };
 
+// Sums for pairs of factors, which are numbered: each of them is packed, and its Gram matrix is formed, once.
 template <typename F, typename G>
-void paired(const G *rows, const G *cols, const Sizes &z, int threads, double *out) {
+void paired(const Factor<G> *factors, int64_t count, const int64_t *pairs, int64_t pair_count, int64_t samples,
+            int64_t length, int threads, double *out) {
   constexpr int W = WIDTH<F>;
-  const int64_t panels = panels_of(z.length, W);
+  const int64_t panels = panels_of(length, W);
   // A few positions behind the last full panel are lines for the panels before, and a strip for themselves alone.
-  const bool few = panels > 1 && z.length % W > 0 && z.length % W <= HIGH<F>;
+  const bool few = panels > 1 && length % W > 0 && length % W <= HIGH<F>;
   const int64_t full = panels - few, wide = panels_of(full, PANELS), strips = wide + few;
-  const int64_t parts = parts_of(z.samples, strips, threads), tasks = z.samples * parts;
-  std::unique_ptr<double[]> partial(new double[tasks * 4]());
+  const int64_t parts = parts_of(samples, strips, threads), tasks = samples * parts;
+  std::unique_ptr<double[]> partial(new double[tasks * pair_count * 4]());
+  std::unique_ptr<int64_t[]> before(new int64_t[count + 1]());  // numbers of the factors in front, in each position
+  for (int64_t i = 0; i < count; i++) before[i + 1] = before[i] + factors[i].width;
   F diagonal[W][W];  // what a pair counts: twice above the diagonal
   for (int t = 0; t < W; t++)
     for (int s = 0; s < W; s++) diagonal[t][s] = s > t ? 2 : s == t ? 1 : 0;
@@ -201,43 +214,61 @@ void paired(const G *rows, const G *cols, const Sizes &z, int threads, double *o
   const auto none = [](int64_t) { return int64_t(0); };
 #pragma omp parallel num_threads(threads)
   {
-    const Buffer<F> R(panels * W * z.p), C(panels * W * z.d), r(panels * W), c(panels * W);
-    const Buffer<F> row_gram(panels * W * PANELS * W), col_gram(panels * W * PANELS * W);
+    const int64_t lines = panels * W, area = lines * PANELS * W;
+    const Buffer<F> packed(lines * before[count]), norm(lines * count), gram(area * count);
+    const auto form = [&](int64_t begin, int64_t end, int64_t first, int64_t n, auto skip) {
+      for (int64_t i = 0; i < count; i++) {
+        const F *from = packed.get() + lines * before[i];
+        if (factors[i].width == 0) std::fill_n(gram.get() + area * i, area, F(0));
+        strip(from, from, begin, end, factors[i].width, first, n, skip, gram.get() + area * i);
+      }
+    };
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; task++) {
       const int64_t sample = task / parts, part = task % parts;
-      pack_positions(rows + sample * z.rows.sample, z.rows, z.length, z.p, R.get());
-      pack_positions(cols + sample * z.cols.sample, z.cols, z.length, z.d, C.get());
-      norms(R.get(), panels, z.p, z.row_norm, r.get());
-      norms(C.get(), panels, z.d, z.col_norm, c.get());
-      Pairs<F> sums{r.get(), c.get(), row_gram.get(), col_gram.get(), {}, {}, {}};
+      for (int64_t i = 0; i < count; i++) {
+        const Factor<G> &x = factors[i];
+        F *to = packed.get() + lines * before[i];
+        pack_positions(x.from + sample * x.layout.sample, x.layout, length, x.width, to);
+        norms(to, panels, x.width, x.slack, norm.get() + lines * i);
+      }
+      std::unique_ptr<Pairs<F>[]> sums(new Pairs<F>[pair_count]());
+      const auto add = [&](int64_t begin, int64_t end, int64_t first, int64_t n, auto skip, auto times) {
+        for (int64_t i = 0; i < pair_count; i++) {
+          const int64_t row = pairs[2 * i], col = pairs[2 * i + 1];
+          sums[i].add(gram.get() + area * row, gram.get() + area * col, norm.get() + lines * row,
+                      norm.get() + lines * col, begin, end, first, n, skip, times);
+        }
+      };
       for (int64_t strip_at = part; strip_at < strips; strip_at += parts) {
         const int64_t first = std::min(strip_at * PANELS, full), last = strip_at < wide ? full : panels;
         const int64_t n = std::min<int64_t>(PANELS, last - first);
-        const int64_t begin = strip_at < wide ? 0 : first * W, end = std::min((first + n) * W, z.length);
+        const int64_t begin = strip_at < wide ? 0 : first * W, end = std::min((first + n) * W, length);
         const auto skip = [first](int64_t line) { return std::max<int64_t>(0, line / W - first); };
-        strip(R.get(), R.get(), begin, end, z.p, first, n, skip, row_gram.get());
-        strip(C.get(), C.get(), begin, end, z.d, first, n, skip, col_gram.get());
-        sums.add(begin, end, first, n, skip, upper);
+        form(begin, end, first, n, skip);
+        add(begin, end, first, n, skip, upper);
         if (few && strip_at < wide) {
-          strip(R.get(), R.get(), full * W, z.length, z.p, first, n, none, row_gram.get());
-          strip(C.get(), C.get(), full * W, z.length, z.d, first, n, none, col_gram.get());
-          sums.add(full * W, z.length, first, n, none, twice);
+          form(full * W, length, first, n, none);
+          add(full * W, length, first, n, none, twice);
         }
       }
-      double *found = partial.get() + task * 4;
-      found[0] = sums.together.total(), found[1] = sums.by_cols.total(), found[2] = sums.by_rows.total();
-      if (part == 0)
-        for (int64_t t = 0; t < z.length; t++) {
-          // More than products that underflow could lose: in a line, before its factor and behind it.
-          const double least = z.length * double(std::numeric_limits<F>::min());
-          found[1] += 1e-30 * c.get()[t] + 2 * least, found[2] += 1e-30 * r.get()[t] + 2 * least;
-          found[3] += double(r.get()[t]) * c.get()[t];
-        }
+      for (int64_t i = 0; i < pair_count; i++) {
+        const F *r = norm.get() + lines * pairs[2 * i], *c = norm.get() + lines * pairs[2 * i + 1];
+        double *found = partial.get() + (task * pair_count + i) * 4;
+        found[0] = sums[i].together.total(), found[1] = sums[i].by_cols.total(), found[2] = sums[i].by_rows.total();
+        if (part == 0)
+          for (int64_t t = 0; t < length; t++) {
+            // More than products that underflow could lose: in a line, before its factor and behind it.
+            const double least = length * double(std::numeric_limits<F>::min());
+            found[1] += 1e-30 * c[t] + 2 * least, found[2] += 1e-30 * r[t] + 2 * least;
+            found[3] += double(r[t]) * c[t];
+          }
+      }
     }
   }
   for (int64_t task = 0; task < tasks; task++)
-    for (int64_t i = 0; i < 4; i++) out[i * z.samples + task / parts] += partial[task * 4 + i];
+    for (int64_t i = 0; i < pair_count * 4; i++)
+      out[i * samples + task / parts] += partial[task * pair_count * 4 + i];
 }
 
 // ------------------------------------------------------------------ explicit norm
@@ -310,10 +341,23 @@ void gradients(const G *rows, const G *cols, const Sizes &z, int threads, F *out
   }
 }
 
-Sizes sizes_of(const int64_t *q, const double *slack) {
+Layout layout_of(const int64_t *q) {
   const auto table = [](int64_t address) { return reinterpret_cast<const int64_t *>(address); };
-  const Layout rows{q[4], q[5], q[6]}, cols{q[7], q[8], q[9], table(q[10]), table(q[11])};
-  return {q[0], q[1], q[2], q[3], rows, cols, {slack[0], slack[1]}, {slack[2], slack[3]}};
+  return {q[0], q[1], q[2], table(q[3]), table(q[4])};
+}
+
+Sizes sizes_of(const int64_t *q, const double *slack) {
+  return {q[0], q[1], q[2], q[3], layout_of(q + 4), layout_of(q + 9), {slack[0], slack[1]}, {slack[2], slack[3]}};
+}
+
+// Of the sizes: samples, length, factors and pairs; a width and a layout for each factor; two factors for each pair.
+template <typename F, typename G>
+void paired(const void *const *from, const int64_t *sizes, const double *slack, int threads, double *out) {
+  const int64_t count = sizes[2], *q = sizes + 4;
+  std::unique_ptr<Factor<G>[]> factors(new Factor<G>[count]);
+  for (int64_t i = 0; i < count; i++, q += 6, slack += 2)
+    factors[i] = {static_cast<const G *>(from[i]), q[0], layout_of(q + 1), {slack[0], slack[1]}};
+  paired<F>(factors.get(), count, q, sizes[3], sizes[0], sizes[1], threads, out);
 }
 
 }  // namespace
@@ -324,13 +368,18 @@ Sizes sizes_of(const int64_t *q, const double *slack) {
                                             const double *slack, int threads, result *out) {                   \
     name<F>(static_cast<const G *>(rows), static_cast<const G *>(cols), sizes_of(sizes, slack), threads, out); \
   }
-#define NORMS(name)                                         \
+#define PAIRED(name, factor, G, total, F, result)                                               \
+  extern "C" void name##_##factor##_##total(const void *const *factors, const int64_t *sizes,  \
+                                            const double *slack, int threads, result *out) {   \
+    name<F, G>(factors, sizes, slack, threads, out);                                            \
+  }
+#define NORMS(name, KERNEL)                                 \
   KERNEL(name, float32, float, float32, float, double)      \
   KERNEL(name, float32, float, float64, double, double)     \
   KERNEL(name, float64, double, float64, double, double)    \
   KERNEL(name, bfloat16, bfloat16, float32, float, double)  \
   KERNEL(name, bfloat16, bfloat16, float64, double, double)
-NORMS(paired)
-NORMS(squared)
+NORMS(squared, KERNEL)
+NORMS(paired, PAIRED)
 KERNEL(gradients, float32, float, float32, float, float)
 KERNEL(gradients, float64, double, float64, double, double)

@@ -18,6 +18,7 @@ from dpcompile import joined, kernels, patches, settled
 from dpcompile.finite import finite_rows, product, weighted_rows
 from dpcompile.ir import InputKind, OutputKind, Program
 from dpcompile.passes.scale_in_place import copied
+from dpcompile.passes.share_grams import parted, shared
 from dpcompile.products import summed
 from dpcompile.twice import twice
 
@@ -49,6 +50,7 @@ def drop_tangents(program: Program, missing: Sequence[str]) -> Program | None:
     """
     program = program.copy()
     copied(program)
+    was_shared = parted(program)
     graph = program.graph
     nodes = program.nodes()
     zeros = {nodes[i.node] for i in program.inputs if i.kind is InputKind.TANGENT and i.target in missing}
@@ -73,6 +75,8 @@ def drop_tangents(program: Program, missing: Sequence[str]) -> Program | None:
     results = [None if r in zeros else r for r in results]
     graph.find_nodes(op="output")[0].args = (results,)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    if was_shared:
+        shared(program)
     graph.lint()
     program.module.recompile()
     outputs = tuple(

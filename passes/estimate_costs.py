@@ -14,7 +14,7 @@ from dpcompile.errors import NoRuleError
 from dpcompile.flops import flops_of
 from dpcompile.forms import bands, crowded
 from dpcompile.ir import Backward, Group, Program, Site, Space
-from dpcompile.kernels import reads_patches
+from dpcompile.kernels import reads_patches, shares_factors
 from dpcompile.passes.combine import GroupReader
 from dpcompile.patches import by_kernel, together
 from dpcompile.plan import Cost, Costs, GroupCost, Method, Part, Product
@@ -65,7 +65,7 @@ def _parts(reader: GroupReader, backward: Backward, e: int, kernels: bool) -> li
                 booked = e * B * sympy.Integer(work.overlap.image)
                 sizes |= {C: work.overlap.channels, U: work.overlap.pixels}
                 options = rules.patched(options, e)
-                unwritten = len(group.sites) == 1 and _as_it_is(group) and reads_patches(_device(alike[0], backward))
+                unwritten = _reads_patches(group, alike, backward)
                 tiled = rules.gathered(tiled, e, padded=work.padded) if unwritten else rules.patched(tiled, e)
                 if len(group.sites) == 1 and group.space is not Space.PULLBACK and _as_it_is(group):
                     grad = backward.program.node(backward.sites[alike[0].name].grad).meta["val"]
@@ -89,7 +89,7 @@ def _parts(reader: GroupReader, backward: Backward, e: int, kernels: bool) -> li
         if group.space is Space.PULLBACK:  # gradients of the parameters are always kept there
             options = {Method.KEPT: options[Method.KEPT]}
         shareable = ghost or (work.kind == "explicit" and len(merged) == 1 and group.space is not Space.PULLBACK)
-        products = _products(alike, backward, sizes) if shareable else ()
+        products = _products(group, alike, backward, sizes) if shareable else ()
         part = _part(group, alike, work.kind, sizes, plain, options, products)
         parts.append(replace(part, booked=booked, free=any(_has_length(backward, site) for site in alike)))
     if ghost and len(merged) == 2:
@@ -100,6 +100,11 @@ def _parts(reader: GroupReader, backward: Backward, e: int, kernels: bool) -> li
     if reader.vmapped:
         parts.append(_counted(reader, parts, e, backward.program.batch))
     return parts
+
+
+def _reads_patches(group: Group, sites: Sequence[Site], backward: Backward) -> bool:
+    """Whether kernels find the patches of a convolution by themselves."""
+    return len(group.sites) == 1 and _as_it_is(group) and reads_patches(_device(sites[0], backward))
 
 
 def _as_it_is(group: Group) -> bool:
@@ -126,7 +131,9 @@ def _device(site: Site, backward: Backward) -> torch.device:
     return backward.program.node(backward.sites[site.name].grad).meta["val"].device
 
 
-def _products(sites: Sequence[Site], backward: Backward, sizes: dict[sympy.Symbol, int]) -> tuple[Product, ...]:
+def _products(
+    group: Group, sites: Sequence[Site], backward: Backward, sizes: dict[sympy.Symbol, int]
+) -> tuple[Product, ...]:
     """Products named by the tensors that they are made from: Gram matrices of both factors, sums of small gradients."""
     work = sites[0].work
     grads = tuple(backward.sites[site.name].grad for site in sites)
@@ -140,9 +147,14 @@ def _products(sites: Sequence[Site], backward: Backward, sizes: dict[sympy.Symbo
         return ()
     square = 2 * B * sizes[G] * sizes[T] ** 2
     formed = square * sum(rules.blocks(_bands(sites, sizes[T], backward), sizes[T]))
-    products = (Product(Method.GHOST, grads, formed * work.p), Product(Method.GHOST, saved, formed * work.d))
+    products = [Product(Method.GHOST, grads, formed * work.p), Product(Method.GHOST, saved, formed * work.d)]
+    patched = work.overlap is not None and _reads_patches(group, sites, backward)
+    if shares_factors(_device(sites[0], backward)) and not patched:
+        upper = B * sizes[G] * sizes[T] * (sizes[T] + 1)
+        read = (*saved, *(() if work.overlap is None else (work.overlap.view,)))
+        products += [Product(Method.FLASH, grads, upper * work.p), Product(Method.FLASH, read, upper * work.d)]
     if work.overlap is None:
-        return products
+        return tuple(products)
     pixels = 2 * B * sizes[G] * work.overlap.pixels**2 * work.overlap.channels
     return (
         *products,

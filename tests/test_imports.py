@@ -18,6 +18,7 @@ BASE |= {
     "kernels",
     "layouts",
     "native",
+    "opaque",
     "patches",
     "recurrent",
     "recurrent_costs",

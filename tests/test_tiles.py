@@ -118,11 +118,22 @@ def test_sums_are_as_near_to_the_truth_as_is_stated(
     assert ((squares - grad.square().sum((1, 2))).abs() <= 1e-30 + 1.01 * most).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_that_share_factors_are_those_of_each_pair(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    factors = [torch.randn(2, 37, width).to(dtype) for width in (5, 0, 16, 33)]
+    pairs = [0, 2, 2, 0, 3, 0, 1, 3, 2, 2]
+    found = kernels.SHARED(factors, pairs, False)
+    for sums, row, col in zip(found, pairs[::2], pairs[1::2], strict=True):
+        torch.testing.assert_close(sums, kernels.PAIRED(factors[row], factors[col], False), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_compilers_are_told_the_truth_about_them(wide: bool) -> None:
     x = torch.randn(2, 5, 3)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(kernels.PAIRED, (x, x, wide), test_utils=checks)
+    torch.library.opcheck(kernels.SHARED, ([x, x + 1, x], [0, 1, 2, 1], wide), test_utils=checks)
     torch.library.opcheck(kernels.SQUARED, (x, x, wide), test_utils=checks)
     if not INTERPRETED:
         image, window = torch.randn(2, 4, 6), ([2], [1], [1])
@@ -280,6 +291,11 @@ def shared(m: Any, x: Tensor) -> Tensor:
     return nn.functional.linear(nn.functional.linear(x, m.w).tanh(), m.w.t())
 
 
+def projected(m: Any, x: Tensor) -> Tensor:
+    q, k, v = m.q(x), m.k(x), m.v(x)
+    return (q @ k.mT).softmax(-1) @ v
+
+
 MODULES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "sequences": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(3, 18, 4)),
     "convolutions": (
@@ -287,6 +303,14 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         torch.randn(3, 2, 5, 5),
     ),
     "a weight and its transpose": (lambda: Apply(shared, w=(5, 4)), torch.randn(3, 6, 4)),
+    "query, key and value": (
+        lambda: Apply(projected, modules={name: nn.Linear(4, 4) for name in "qkv"}),
+        torch.randn(3, 6, 4),
+    ),
+    "a recurrent layer": (
+        lambda: Apply(lambda m, x: m.lstm(x)[0], modules={"lstm": nn.LSTM(3, 4, batch_first=True)}),
+        torch.randn(3, 5, 3),
+    ),
     "a look-up and a head": (TiedLanguageModel, torch.tensor([[0, 1, 2], [5, 3, 4], [4, 4, 1]])),
 }
 
@@ -328,6 +352,35 @@ def test_one_graph_serves_every_length_and_the_plan_has_a_column() -> None:
         )
         dp_model(x).square().sum().backward()
         assert_close(dp_model.per_sample_norms, truth.norms, 1e-8, f"length {length}")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton's kernels share nothing")
+def test_a_factor_of_several_norms_is_read_once_also_where_an_output_is_left_out() -> None:
+    model = Apply(lambda m, x: (m.q(x).tanh(), m.k(x), m.v(x)), modules={name: nn.Linear(4, 4) for name in "qkv"})
+    x = torch.randn(3, 6, 4)
+    dp_model = dpcompile(model, x, norm_method="ghost", max_grad_norm=1e6, validate="off")
+    gram = 3 * 6 * 7 * 4
+    for used in ((0, 1, 2), (0, 2), (1,)):
+        with FlopCounterMode(display=False) as counter:
+            outputs = dp_model(x)
+            sum(outputs[i].square().sum((1, 2)) for i in used).mean().backward()
+        biases = 2 * 3 * 4 * len(used)
+        flops = 2 * 3 * 6 * 16 * (3 + len(used)) + gram * (1 + len(used)) + biases
+        assert counter.get_total_flops() == flops
+        truth = per_sample_gradients(
+            model, lambda out, _, used=used: sum(out[i].square().sum((1, 2)) for i in used), x, torch.zeros(3)
+        )
+        assert_close(dp_model.per_sample_norms, truth.norms, 1e-4, str(used))
+
+
+def test_each_clip_group_waits_for_its_own_norm_alone() -> None:
+    model = Apply(projected, modules={name: nn.Linear(4, 4) for name in "qkv"})
+    x = torch.randn(3, 6, 4)
+    groups = dpcompile(model, x, norm_method="ghost", clip_groups="per-layer", validate="off")
+    assert groups.plan.shared_flops() == 0
+    with FlopCounterMode(display=False) as counter:
+        groups(x).square().sum((1, 2)).mean().backward()
+    assert counter.get_total_flops() == int(groups.plan.flops().subs(B, 3))
 
 
 def test_an_output_left_out_of_the_loss_costs_nothing() -> None:
