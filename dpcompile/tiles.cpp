@@ -10,6 +10,8 @@ namespace {
 constexpr int64_t SPAN = 128;       // products that are added up one after the other
 constexpr int64_t LINES_ADDED = 4;  // lines of a strip that are added up before float64 takes over
 
+constexpr int64_t PACKED_BYTES = 1 << 24;  // factors of a sample that a thread keeps packed
+
 struct bfloat16 {
   uint16_t bits;
   operator float() const {
@@ -193,7 +195,8 @@ struct Pairs {
   }
 };
 
-// Sums for pairs of factors, which are numbered: each of them is packed, and its Gram matrix is formed, once.
+// Sums for pairs of factors, which are numbered: the Gram matrix of each is formed once. Many or long ones are packed
+// again for every strip, so that not all of them are there at a time.
 template <typename F, typename G>
 void paired(const Factor<G> *factors, int64_t count, const int64_t *pairs, int64_t pair_count, int64_t samples,
             int64_t length, int threads, double *out) {
@@ -205,7 +208,12 @@ void paired(const Factor<G> *factors, int64_t count, const int64_t *pairs, int64
   const int64_t parts = parts_of(samples, strips, threads), tasks = samples * parts;
   std::unique_ptr<double[]> partial(new double[tasks * pair_count * 4]());
   std::unique_ptr<int64_t[]> before(new int64_t[count + 1]());  // numbers of the factors in front, in each position
-  for (int64_t i = 0; i < count; i++) before[i + 1] = before[i] + factors[i].width;
+  int64_t widest = 0;
+  for (int64_t i = 0; i < count; i++) {
+    before[i + 1] = before[i] + factors[i].width;
+    widest = std::max(widest, factors[i].width);
+  }
+  const bool keep = panels * W * before[count] * int64_t(sizeof(F)) <= PACKED_BYTES;
   F diagonal[W][W];  // what a pair counts: twice above the diagonal
   for (int t = 0; t < W; t++)
     for (int s = 0; s < W; s++) diagonal[t][s] = s > t ? 2 : s == t ? 1 : 0;
@@ -215,10 +223,16 @@ void paired(const Factor<G> *factors, int64_t count, const int64_t *pairs, int64
 #pragma omp parallel num_threads(threads)
   {
     const int64_t lines = panels * W, area = lines * PANELS * W;
-    const Buffer<F> packed(lines * before[count]), norm(lines * count), gram(area * count);
-    const auto form = [&](int64_t begin, int64_t end, int64_t first, int64_t n, auto skip) {
+    const Buffer<F> packed(lines * (keep ? before[count] : widest)), norm(lines * count), gram(area * count);
+    const auto place = [&](int64_t i) { return packed.get() + (keep ? lines * before[i] : 0); };
+    const auto read = [&](int64_t i, int64_t sample) {
+      const Factor<G> &x = factors[i];
+      pack_positions(x.from + sample * x.layout.sample, x.layout, length, x.width, place(i));
+    };
+    const auto form = [&](int64_t sample, int64_t begin, int64_t end, int64_t first, int64_t n, auto skip) {
       for (int64_t i = 0; i < count; i++) {
-        const F *from = packed.get() + lines * before[i];
+        if (!keep) read(i, sample);
+        const F *from = place(i);
         if (factors[i].width == 0) std::fill_n(gram.get() + area * i, area, F(0));
         strip(from, from, begin, end, factors[i].width, first, n, skip, gram.get() + area * i);
       }
@@ -227,10 +241,8 @@ void paired(const Factor<G> *factors, int64_t count, const int64_t *pairs, int64
     for (int64_t task = 0; task < tasks; task++) {
       const int64_t sample = task / parts, part = task % parts;
       for (int64_t i = 0; i < count; i++) {
-        const Factor<G> &x = factors[i];
-        F *to = packed.get() + lines * before[i];
-        pack_positions(x.from + sample * x.layout.sample, x.layout, length, x.width, to);
-        norms(to, panels, x.width, x.slack, norm.get() + lines * i);
+        read(i, sample);
+        norms(place(i), panels, factors[i].width, factors[i].slack, norm.get() + lines * i);
       }
       std::unique_ptr<Pairs<F>[]> sums(new Pairs<F>[pair_count]());
       const auto add = [&](int64_t begin, int64_t end, int64_t first, int64_t n, auto skip, auto times) {
@@ -245,10 +257,10 @@ void paired(const Factor<G> *factors, int64_t count, const int64_t *pairs, int64
         const int64_t n = std::min<int64_t>(PANELS, last - first);
         const int64_t begin = strip_at < wide ? 0 : first * W, end = std::min((first + n) * W, length);
         const auto skip = [first](int64_t line) { return std::max<int64_t>(0, line / W - first); };
-        form(begin, end, first, n, skip);
+        form(sample, begin, end, first, n, skip);
         add(begin, end, first, n, skip, upper);
         if (few && strip_at < wide) {
-          form(full * W, length, first, n, none);
+          form(sample, full * W, length, first, n, none);
           add(full * W, length, first, n, none, twice);
         }
       }

@@ -128,6 +128,15 @@ def test_norms_that_share_factors_are_those_of_each_pair(dtype: torch.dtype) -> 
         torch.testing.assert_close(sums, kernels.PAIRED(factors[row], factors[col], False), rtol=0, atol=0)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="of the kernels for a CPU")
+def test_factors_that_are_too_long_to_stay_packed_are_packed_again() -> None:
+    torch.manual_seed(0)
+    factors = [torch.randn(1, 1050, 1400) for _ in range(3)]  # 16.8 MB is the limit
+    found = kernels.SHARED(factors, [0, 1, 0, 2], False)
+    for sums, col in zip(found, (1, 2), strict=True):
+        torch.testing.assert_close(sums, kernels.PAIRED(factors[0], factors[col], False), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_compilers_are_told_the_truth_about_them(wide: bool) -> None:
     x = torch.randn(2, 5, 3)
