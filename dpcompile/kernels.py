@@ -114,6 +114,8 @@ def _paired(rows_NTp: torch.Tensor, cols_NTd: torch.Tensor, wide: bool) -> torch
 def _shared(factors_NTk: list[torch.Tensor], pairs: list[int], wide: bool) -> torch.Tensor:
     """[pairs, 4, N] as `paired`, of factors by their numbers, two for each pair: of each one Gram matrix is formed."""
     _check(*factors_NTk)
+    if len({tuple(factor.shape[:2]) for factor in factors_NTk}) > 1:
+        raise RuntimeError(f"shared: {[tuple(factor.shape) for factor in factors_NTk]} are not factors of one norm")
     total = sum_type(factors_NTk[0].dtype, wide=wide)
     if _native(factors_NTk[0].device):
         return native.paired([(factor, None) for factor in factors_NTk], pairs, total)

@@ -128,6 +128,18 @@ def test_norms_that_share_factors_are_those_of_each_pair(dtype: torch.dtype) -> 
         torch.testing.assert_close(sums, kernels.PAIRED(factors[row], factors[col], False), rtol=0, atol=0)
 
 
+def test_factors_of_other_positions_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="are not factors of one norm"):
+        kernels.SHARED([torch.randn(2, 5, 3), torch.randn(2, 6, 3)], [0, 1], False)
+
+
+def test_nothing_is_differentiated_through_them() -> None:
+    x = torch.randn(2, 5, 3, requires_grad=True)
+    for found in (kernels.PAIRED(x, x, False), kernels.SHARED([x, x], [0, 1], False), kernels.SQUARED(x, x, False)):
+        with pytest.raises(RuntimeError, match="has no derivative"):
+            found.sum().backward()
+
+
 @pytest.mark.skipif(INTERPRETED, reason="of the kernels for a CPU")
 def test_factors_that_are_too_long_to_stay_packed_are_packed_again() -> None:
     torch.manual_seed(0)
