@@ -40,6 +40,7 @@ from dpcompile.passes.normalise import normalise
 from dpcompile.passes.part_gradients import part_gradients
 from dpcompile.passes.penalty import penalty
 from dpcompile.passes.pool_by_rows import pool_by_rows
+from dpcompile.passes.recompute_pointwise import recompute_pointwise
 from dpcompile.passes.reweight_gradients import reweight_gradients
 from dpcompile.passes.rewrite import Order, Rewrite, rewrite
 from dpcompile.passes.scale_in_place import scale_in_place
@@ -285,6 +286,7 @@ class Analysis:
             self.captured.modules,
             penalty(self.program, self.tracked) if self.fused else None,
             drop_tangents,
+            recompute_pointwise(program) if self.fused else forward,
         )
 
 

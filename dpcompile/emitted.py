@@ -38,6 +38,7 @@ class Emitted:
     modules: Mapping[str, ModuleRecord]  # what the graph has taken from each module of the model
     penalty: Program | None  # fused form: the part of the loss that the parameters alone make
     drop_tangents: Callable[[Program, Sequence[str]], Program | None]  # the backward without gradients of some outputs
+    compiled: Program  # `forward` as compilers see it
 
     own: tuple[Output, ...] = field(init=False)  # the model's own results: outputs and new buffer values, in order
     fixed: tuple[int, ...] = field(init=False)  # those of them that no gradient flows into
@@ -71,8 +72,8 @@ class Emitted:
             object.__setattr__(self, name, value)
 
     def run_forward(self, *inputs: Any) -> Any:
-        """The forward graph; a compiler sees its ops as they are."""
-        return self.forward.module.forward(*inputs) if torch.compiler.is_compiling() else self.eager_forward(*inputs)
+        """The forward graph; a compiler sees ops by their overloads."""
+        return self.compiled.module.forward(*inputs) if torch.compiler.is_compiling() else self.eager_forward(*inputs)
 
     def backward_without(self, missing: tuple[int, ...]) -> Callable[[list[Any]], Any] | None:
         """The backward for a loss that leaves these outputs out; None if it needs zeros for them."""

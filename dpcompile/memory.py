@@ -116,7 +116,7 @@ class Storages:
             assert isinstance(owner, fx.Node)
             own = [root for root in self.of(owner) if root[1] == index]
             return tuple(own) if own and own[0][0] == owner.name else self.of(owner)
-        if _is_view(node):
+        if is_view(node):
             return self.of(node.all_input_nodes[0])
         made: list[Root] = []
         for i, value in enumerate(pytree.tree_leaves(node.meta.get("val"))):
@@ -151,7 +151,8 @@ def of_one_term(node: fx.Node) -> bool:
     return given.dtype is value.dtype and all(is_one(given.shape[dim]) for dim in dims)
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
+    """Whether the result lies in the memory of the first input, if the sample's sizes tell."""
     if of_one_term(node) or node.target in (finite_rows, twice):
         return True
     schema = getattr(node.target, "_schema", None)
