@@ -152,24 +152,24 @@ def _is_mutable(node: fx.Node) -> bool:
 
 
 def _make_again(graph: fx.Graph, values: _Values) -> None:
-    """Ops a second time, in front of what reads them in the backward; once for norms and once for sums.
+    """Ops a second time, in front of what first reads them in the backward; norms and sums read the same copy.
 
     What they read has a zero added to it, which is there when the backward has come so far: compilers merge equal ops.
     """
-    made: dict[tuple[fx.Node, bool], fx.Node] = {}
+    made: dict[fx.Node, fx.Node] = {}
     zeros: dict[fx.Node, fx.Node] = {}
 
-    def again(node: fx.Node, in_sum: bool, before: fx.Node) -> fx.Node:
-        if (node, in_sum) not in made:
+    def again(node: fx.Node, before: fx.Node) -> fx.Node:
+        if node not in made:
             if values.is_made(node):
-                copy = graph.node_copy(node, lambda source: again(source, in_sum, before))
+                copy = graph.node_copy(node, lambda source: again(source, before))
             elif values.storages.of(node) and _is_real(node):
                 copy = graph.call_function(aten.add.Tensor, (node, zero_behind(before)))
                 copy.meta = dict(node.meta)
             else:
                 copy = node
-            made[node, in_sum] = copy
-        return made[node, in_sum]
+            made[node] = copy
+        return made[node]
 
     def zero_behind(before: fx.Node) -> fx.Node:
         if before not in zeros:
@@ -183,7 +183,7 @@ def _make_again(graph: fx.Graph, values: _Values) -> None:
         for source in node.all_input_nodes if node in values.late else ():
             if source not in values.late and values.is_made(source):
                 with graph.inserting_before(node):
-                    copy = again(source, node.meta.get(PHASE) == "sum", (beside or [seed])[-1])
+                    copy = again(source, (beside or [seed])[-1])
                 node.replace_input_with(source, copy)
 
 
