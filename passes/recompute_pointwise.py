@@ -1,8 +1,9 @@
 """recompute-pointwise: fused and under a compiler, what is made element by element is made again for the backward.
 
 torch's partitioner does so where forward and backward are two graphs. A value is made again where that reads at most
-`READS` times its size, of what the backward holds as well, so that no moment of the step has more memory for it. In an
-eager step every op is a pass through memory: there values are held.
+`READS` times its size, of what the backward holds as well, so that no moment of the step has more memory for it; but
+not what clipped sums read, which is there to the end anyway. In an eager step every op is a pass through memory: there
+values are held.
 """
 
 from __future__ import annotations
@@ -90,14 +91,15 @@ class _Values:
         self.storages = Storages(program)
         self.again: set[fx.Node] = set()
         self._last: dict[Root, int] = {}  # where the backward reads them for the last time
-        self._fixed: set[Root] = set()  # results, and what is written over
+        self._held: set[Root] = set()  # results, and what clipped sums read, behind all the rest
+        self._written: set[Root] = set()  # over with something else
         for i, node in enumerate(program.graph.nodes):
             if node in late:
                 self._last.update(dict.fromkeys(self._roots(node.all_input_nodes), i))
-            if node.op == "output":
-                self._fixed.update(self._roots(node.all_input_nodes))
-            elif _is_mutable(node):
-                self._fixed.update(self._roots(node.all_input_nodes[:1]))
+            if node.op == "output" or node.meta.get(PHASE) == "sum":
+                self._held.update(self._roots(node.all_input_nodes))
+            if _is_mutable(node):
+                self._written.update(self._roots(node.all_input_nodes[:1]))
         for node in program.graph.nodes:
             if node.op == "call_function" and node not in late and _is_cheap(node):
                 self._decide(node)
@@ -108,7 +110,7 @@ class _Values:
     def _decide(self, node: fx.Node) -> None:
         (root,) = self.storages.of(node)
         read = self._read_for(node)
-        if root not in self._last or root in self._fixed or read & self._fixed:
+        if root not in self._last or root in self._held or ({root} | read) & self._written:
             return
         end, size = self._last[root], self._size([root])
         longer = [source for source in read if self._last.get(source, -1) < end]
@@ -152,7 +154,7 @@ def _is_mutable(node: fx.Node) -> bool:
 
 
 def _make_again(graph: fx.Graph, values: _Values) -> None:
-    """Ops a second time, in front of what first reads them in the backward; norms and sums read the same copy.
+    """Ops a second time, in front of what first reads them in the backward.
 
     What they read has a zero added to it, which is there when the backward has come so far: compilers merge equal ops.
     """
