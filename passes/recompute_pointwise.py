@@ -2,8 +2,8 @@
 
 torch's partitioner does so where forward and backward are two graphs. A value is made again where that reads at most
 `READS` times its size, of what the backward holds as well, so that no moment of the step has more memory for it; but
-not what clipped sums read, which is there to the end anyway. In an eager step every op is a pass through memory: there
-values are held.
+not what clipped sums read, which is there to the end anyway, and of whose very numbers norms are. In an eager step
+every op is a pass through memory: there values are held.
 """
 
 from __future__ import annotations
