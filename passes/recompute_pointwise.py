@@ -109,8 +109,10 @@ class _Values:
 
     def _decide(self, node: fx.Node) -> None:
         (root,) = self.storages.of(node)
+        if root not in self._last or root in self._held:
+            return
         read = self._read_for(node)
-        if root not in self._last or root in self._held or ({root} | read) & self._written:
+        if ({root} | read) & self._written:
             return
         end, size = self._last[root], self._size([root])
         longer = [source for source in read if self._last.get(source, -1) < end]
@@ -124,11 +126,14 @@ class _Values:
 
     def _read_for(self, node: fx.Node) -> set[Root]:
         found: set[Root] = set()
-        stack = node.all_input_nodes
+        seen = set(node.all_input_nodes)
+        stack = list(seen)
         while stack:
             source = stack.pop()
             if self.is_made(source):
-                stack.extend(source.all_input_nodes)
+                new = set(source.all_input_nodes) - seen
+                seen |= new
+                stack.extend(new)
             else:
                 found.update(self._roots([source]))
         return found

@@ -179,3 +179,26 @@ def test_free_lengths_stay_free() -> None:
 def test_the_split_form_has_one_forward_for_all() -> None:
     emitted = dpcompile(Tokens(), sample(Tokens()), validate="off")._emitted
     assert emitted.compiled is emitted.forward
+
+
+class Diamonds(nn.Module):
+    """Two ways through each of many sums, the last of which the backward reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for _ in range(60):
+            y = y.floor() + y
+        return self.head(self.first(x) * (y / 2**60))
+
+
+def test_many_ways_to_a_value_take_no_time() -> None:
+    model = Diamonds().double()
+    dp_model, y = fused(model, x := torch.randn(4, 4, dtype=torch.double))
+    emitted = dp_model._emitted
+    assert len(emitted.compiled.graph.nodes) > len(emitted.forward.graph.nodes) + 60
+    expected = results(emitted.forward, dp_model, x, y)
+    torch.testing.assert_close(results(emitted.compiled, dp_model, x, y), expected, rtol=1e-11, atol=1e-12)
