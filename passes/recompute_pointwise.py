@@ -18,6 +18,7 @@ from dpcompile import pools, settled
 from dpcompile.inline import PHASE, inline
 from dpcompile.ir import Program
 from dpcompile.memory import Root, Storages, is_view
+from dpcompile.passes.compute_again import may_run_twice
 from dpcompile.passes.follow_memory import SAMPLES
 from dpcompile.seed import OP as SEED
 from dpcompile.torch_internals import made_of
@@ -54,7 +55,8 @@ def _behind_seed(graph: fx.Graph) -> set[fx.Node]:
 def _write_out(graph: fx.Graph, norm: fx.Node) -> None:
     """A norm layer of the forward as statistics and a value that is made of them, as a compiler would write it."""
     compose = made_of(norm.target)  # pyright: ignore[reportArgumentType]
-    if norm.meta.get(PHASE) or compose is None:
+    is_result = any(user.op == "output" for result in norm.users for user in result.users)
+    if norm.meta.get(PHASE) or compose is None or is_result:
         return
     inputs = norm.all_input_nodes
 
@@ -147,10 +149,8 @@ class _Values:
 
 def _is_cheap(node: fx.Node) -> bool:
     """Whether it is made number by number, in memory of its own."""
-    tags = getattr(node.target, "tags", ())
-    random = torch.Tag.nondeterministic_seeded in tags or _is_mutable(node)
     one = isinstance(node.meta.get("val"), torch.Tensor) and not is_view(node)
-    return torch.Tag.pointwise in tags and one and not random
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) and one and may_run_twice(node)
 
 
 def _is_mutable(node: fx.Node) -> bool:
