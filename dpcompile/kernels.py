@@ -58,14 +58,19 @@ def terms(count: int, dtype: torch.dtype, device: torch.device) -> int:
     """Roundings in a sum of so many products of factors of a type, in units of that type; of narrow ones in float32's.
 
     float32 and float64: one for each product, a span of them at a time, and one for each span. Products of bfloat16 and
-    float16 are exact. A CPU adds them up as others; tensor cores do so in float32, but cut off where float32 would
-    round, twice the unit roundoff, and once more for each step of at least four products (Fasi, Higham, Mikaitis and
-    Pranesh 2021, Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7:e330, doi 10.7717/peerj-cs.330).
+    float16 are exact. A CPU adds them up as others, or in steps of 32, even and odd ones apart (amx.h). Tensor cores do
+    so in float32, but cut off where float32 would round, twice the unit roundoff, and once more for each step of at
+    least four products (Fasi, Higham, Mikaitis and Pranesh 2021, Numerical behavior of NVIDIA tensor cores, PeerJ
+    Computer Science 7:e330, doi 10.7717/peerj-cs.330).
     """
     span = native.SPAN if _native(device) else SPAN
     spans = -(-count // span)
     longest = min(count, span) if isinstance(count, int) else count
-    return (2 * (longest + longest // 4 + 1) if dtype in NARROW and not _native(device) else longest) + spans
+    if dtype not in NARROW:
+        return longest + spans
+    if not _native(device):
+        return 2 * (longest + longest // 4 + 1) + spans
+    return max(longest + spans, 16 + -(-count // 32)) if isinstance(count, int) else count + spans
 
 
 def pair_terms(length: int, dtype: torch.dtype, device: torch.device) -> int:

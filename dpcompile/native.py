@@ -22,7 +22,7 @@ from dpcompile.device import cache_directory
 from dpcompile.rounding import norm_slack
 
 HERE = Path(__file__).parent
-SOURCES, HEADER = ("tiles.cpp", "recurrent.cpp", "sums.cpp", "pools.cpp"), "blocks.h"
+SOURCES, HEADERS = ("tiles.cpp", "recurrent.cpp", "sums.cpp", "pools.cpp"), ("blocks.h", "amx.h")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 SPAN = 128
 """Products that are added up one after the other; the sums of longer ones are added in turn. As tiles.cpp has it."""
@@ -52,7 +52,7 @@ def library() -> ctypes.CDLL | None:
     if compiler is None:
         _log.info("no g++: norms and recurrent layers are computed without kernels of our own")
         return None
-    texts = [(HERE / name).read_text() for name in (*SOURCES, HEADER)]
+    texts = [(HERE / name).read_text() for name in (*SOURCES, *HEADERS)]
     key = "\n".join((*texts, compiler, *FLAGS, _machine()))
     name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     path = cache_directory() / name

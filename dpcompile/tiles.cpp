@@ -2,6 +2,7 @@
 
 #include <limits>
 
+#include "amx.h"
 #include "blocks.h"
 
 namespace {
@@ -71,13 +72,13 @@ void gather(const G *from, int64_t count, const int64_t *vectors, int64_t depth,
   }
 }
 
-// Positions of a sample, each a vector of its elements.
+// Positions of a sample from the first on, each a vector of its elements.
 template <typename F, typename G>
-void pack_positions(const G *from, const Layout &x, int64_t length, int64_t width, F *packed) {
+void pack_positions(const G *from, const Layout &x, int64_t first, int64_t length, int64_t width, F *packed) {
   if (x.positions)
-    gather(from, length, x.positions, width, x.elements, packed);
+    gather(from, length, x.positions + first, width, x.elements, packed);
   else
-    pack(from, length, x.position, width, x.element, packed);
+    pack(from + first * x.position, length, x.position, width, x.element, packed);
 }
 
 // Elements from the first on, each a vector of its positions.
@@ -93,7 +94,11 @@ struct Slack {
   double relative, least;
   template <typename F>
   F norm(F square) const {
-    return std::sqrt(square) * F(relative) + F(least);
+    return with(std::sqrt(square));
+  }
+  template <typename F>
+  F with(F norm) const {
+    return norm * F(relative) + F(least);
   }
 };
 
@@ -165,6 +170,28 @@ struct Factor {
   Slack slack;
 };
 
+// Where each of several factors is packed, or all of them in turn where together they need too many bytes.
+template <typename G>
+class Places {
+ public:
+  // `bytes` for an element of all positions; elements are padded to whole steps.
+  Places(int64_t count, const Factor<G> *factors, int64_t bytes, int64_t step = 1) : starts(new int64_t[count + 1]()) {
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t padded = panels_of(factors[i].width, step) * step;
+      starts[i + 1] = starts[i] + padded, widest = std::max(widest, padded);
+    }
+    keep = bytes * starts[count] <= PACKED_BYTES;
+    width = keep ? starts[count] : widest;
+  }
+  int64_t before(int64_t i) const { return keep ? starts[i] : 0; }
+
+  int64_t widest = 0, width = 0;  // elements of the widest; that there is room for
+  bool keep = true;
+
+ private:
+  std::unique_ptr<int64_t[]> starts;
+};
+
 // Of pairs of positions: sums of K A, |K| c c and |A| r r.
 template <typename F>
 struct Pairs {
@@ -195,25 +222,147 @@ struct Pairs {
   }
 };
 
-// Sums for pairs of factors, which are numbered: the Gram matrix of each is formed once. Many or long ones are packed
-// again for every strip, so that not all of them are there at a time.
+// What one thread has of the factors of a sample: packed, with their norms, and strips of their Gram matrices. Many or
+// long factors are packed again for every strip, so that not all of them are there at a time.
 template <typename F, typename G>
-void paired(const Factor<G> *factors, int64_t count, const int64_t *pairs, int64_t pair_count, int64_t samples,
-            int64_t length, int threads, double *out) {
+class Grams {
+ public:
+  static constexpr int64_t TAIL = HIGH<F>;  // up to so many positions behind the last full panel are lines alone
+
+  Grams(const Factor<G> *factors, int64_t count, int64_t length)
+      : factors(factors), count(count), length(length), panels(panels_of(length, W)),
+        places(count, factors, panels * W * int64_t(sizeof(F))), packed(panels * W * places.width),
+        norm(panels * W * count), gram(area() * count) {}
+
+  const F *norms_of(int64_t i) const { return norm.get() + panels * W * i; }
+  const F *gram_of(int64_t i) const { return gram.get() + area() * i; }
+
+  void begin(int64_t sample) {
+    for (int64_t i = 0; i < count; i++) {
+      read(i, sample);
+      norms(place(i), panels, factors[i].width, factors[i].slack, norm.get() + panels * W * i);
+    }
+  }
+
+  // Lines [begin, end) of a strip of each.
+  template <typename Skip>
+  void form(int64_t sample, int64_t begin, int64_t end, int64_t first, int64_t n, Skip skip) {
+    for (int64_t i = 0; i < count; i++) {
+      if (!places.keep) read(i, sample);
+      F *out = gram.get() + area() * i;
+      if (factors[i].width == 0) std::fill_n(out, area(), F(0));
+      strip(place(i), place(i), begin, end, factors[i].width, first, n, skip, out);
+    }
+  }
+
+ private:
+  static constexpr int W = WIDTH<F>;
+  int64_t area() const { return panels * W * PANELS * W; }
+  F *place(int64_t i) const { return packed.get() + panels * W * places.before(i); }
+  void read(int64_t i, int64_t sample) {
+    const Factor<G> &x = factors[i];
+    pack_positions(x.from + sample * x.layout.sample, x.layout, 0, length, x.width, place(i));
+  }
+
+  const Factor<G> *factors;
+  int64_t count, length, panels;
+  Places<G> places;
+  Buffer<F> packed, norm, gram;
+};
+
+#ifdef DPCOMPILE_AMX
+// The same by tiles of bfloat16.
+class TiledGrams {
+ public:
+  static constexpr int64_t TAIL = 0;
+
+  TiledGrams(const Factor<bfloat16> *factors, int64_t count, int64_t length)
+      : factors(factors), count(count), length(length), panels(panels_of(length, SIDE)),
+        places(count, factors, panels * SIDE * 2 * int64_t(sizeof(bfloat16)), STEP),
+        left(panels * SIDE * places.width), right(panels * SIDE * places.width), packed(SIDE * places.widest),
+        norm(panels * SIDE * count), gram(area() * count) {}
+
+  const float *norms_of(int64_t i) const { return norm.get() + panels * SIDE * i; }
+  const float *gram_of(int64_t i) const { return gram.get() + area() * i; }
+
+  void begin(int64_t sample) {
+    for (int64_t i = 0; i < count; i++) read(i, sample);
+  }
+
+  template <typename Skip>
+  void form(int64_t sample, int64_t begin, int64_t end, int64_t first, int64_t n, Skip skip) {
+    for (int64_t i = 0; i < count; i++) {
+      if (!places.keep) read(i, sample);
+      float *out = gram.get() + area() * i;
+      if (factors[i].width == 0) std::fill_n(out, area(), 0.0f);
+      const int64_t steps = panels_of(factors[i].width, STEP), next = steps * TILE;
+      for (int64_t start = 0; start < steps; start += NEAR)
+        for (int64_t line = begin; line < end; line += SIDE) {
+          const int64_t from = skip(line);
+          const uint16_t *l = place(left, i) + (line / SIDE) * next + start * TILE;
+          const uint16_t *r = place(right, i) + (first + from) * next + start * TILE;
+          tile_product(n - from, l, r, next, std::min(NEAR, steps - start), start > 0,
+                       out + (line * PANELS + from) * SIDE);
+        }
+    }
+  }
+
+ private:
+  int64_t area() const { return panels * SIDE * PANELS * SIDE; }
+  uint16_t *place(const Buffer<uint16_t> &x, int64_t i) const { return x.get() + panels * SIDE * places.before(i); }
+
+  void read(int64_t i, int64_t sample) {
+    const Factor<bfloat16> &x = factors[i];
+    const bfloat16 *from = x.from + sample * x.layout.sample;
+    const int64_t steps = panels_of(x.width, STEP);
+    uint16_t *lefts = place(left, i), *rights = place(right, i);
+    float *norms_at = norm.get() + panels * SIDE * i;
+    for (int64_t first = 0; first < length; first += SIDE, lefts += steps * TILE, rights += steps * TILE) {
+      const int64_t some = std::min(SIDE, length - first);
+      if (x.layout.positions || x.layout.element != 1) {
+        pack_positions(from, x.layout, first, some, x.width, packed.get());
+        norms(packed.get(), 1, x.width, x.slack, norms_at + first);
+        for (int64_t k = 0; k < steps * STEP; k++)
+          for (int64_t t = 0; t < SIDE; t++)
+            lefts[(k / STEP * SIDE + t) * STEP + k % STEP] = k < x.width ? bits_of(packed.get()[k * SIDE + t]) : 0;
+      } else {
+        for (int64_t t = 0; t < SIDE; t++) {
+          const int64_t width = t < some ? x.width : 0;
+          if (!width)
+            for (int64_t step = 0; step < steps; step++) std::memset(lefts + (step * SIDE + t) * STEP, 0, BYTES);
+          const auto *line = reinterpret_cast<const uint16_t *>(from + (first + t) * x.layout.position);
+          norms_at[first + t] = x.slack.with(copy_line(line, width, lefts + t * STEP));
+        }
+      }
+      turn(lefts, steps, rights);
+    }
+  }
+  static uint16_t bits_of(float value) {
+    uint32_t wide;
+    std::memcpy(&wide, &value, sizeof wide);
+    return uint16_t(wide >> 16);
+  }
+
+  const TileSetting setting;
+  const Factor<bfloat16> *factors;
+  int64_t count, length, panels;
+  Places<bfloat16> places;
+  Buffer<uint16_t> left, right;
+  Buffer<float> packed, norm, gram;
+};
+#endif
+
+// Sums for pairs of factors, which are numbered: the Gram matrix of each is formed once.
+template <typename F, typename G, typename Grams>
+void paired_by(const Factor<G> *factors, int64_t count, const int64_t *pairs, int64_t pair_count, int64_t samples,
+               int64_t length, int threads, double *out) {
   constexpr int W = WIDTH<F>;
   const int64_t panels = panels_of(length, W);
   // A few positions behind the last full panel are lines for the panels before, and a strip for themselves alone.
-  const bool few = panels > 1 && length % W > 0 && length % W <= HIGH<F>;
+  const bool few = panels > 1 && length % W > 0 && length % W <= Grams::TAIL;
   const int64_t full = panels - few, wide = panels_of(full, PANELS), strips = wide + few;
   const int64_t parts = parts_of(samples, strips, threads), tasks = samples * parts;
   std::unique_ptr<double[]> partial(new double[tasks * pair_count * 4]());
-  std::unique_ptr<int64_t[]> before(new int64_t[count + 1]());  // numbers of the factors in front, in each position
-  int64_t widest = 0;
-  for (int64_t i = 0; i < count; i++) {
-    before[i + 1] = before[i] + factors[i].width;
-    widest = std::max(widest, factors[i].width);
-  }
-  const bool keep = panels * W * before[count] * int64_t(sizeof(F)) <= PACKED_BYTES;
   F diagonal[W][W];  // what a pair counts: twice above the diagonal
   for (int t = 0; t < W; t++)
     for (int s = 0; s < W; s++) diagonal[t][s] = s > t ? 2 : s == t ? 1 : 0;
@@ -222,34 +371,17 @@ void paired(const Factor<G> *factors, int64_t count, const int64_t *pairs, int64
   const auto none = [](int64_t) { return int64_t(0); };
 #pragma omp parallel num_threads(threads)
   {
-    const int64_t lines = panels * W, area = lines * PANELS * W;
-    const Buffer<F> packed(lines * (keep ? before[count] : widest)), norm(lines * count), gram(area * count);
-    const auto place = [&](int64_t i) { return packed.get() + (keep ? lines * before[i] : 0); };
-    const auto read = [&](int64_t i, int64_t sample) {
-      const Factor<G> &x = factors[i];
-      pack_positions(x.from + sample * x.layout.sample, x.layout, length, x.width, place(i));
-    };
-    const auto form = [&](int64_t sample, int64_t begin, int64_t end, int64_t first, int64_t n, auto skip) {
-      for (int64_t i = 0; i < count; i++) {
-        if (!keep) read(i, sample);
-        const F *from = place(i);
-        if (factors[i].width == 0) std::fill_n(gram.get() + area * i, area, F(0));
-        strip(from, from, begin, end, factors[i].width, first, n, skip, gram.get() + area * i);
-      }
-    };
+    Grams grams(factors, count, length);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; task++) {
       const int64_t sample = task / parts, part = task % parts;
-      for (int64_t i = 0; i < count; i++) {
-        read(i, sample);
-        norms(place(i), panels, factors[i].width, factors[i].slack, norm.get() + lines * i);
-      }
+      grams.begin(sample);
       std::unique_ptr<Pairs<F>[]> sums(new Pairs<F>[pair_count]());
       const auto add = [&](int64_t begin, int64_t end, int64_t first, int64_t n, auto skip, auto times) {
         for (int64_t i = 0; i < pair_count; i++) {
           const int64_t row = pairs[2 * i], col = pairs[2 * i + 1];
-          sums[i].add(gram.get() + area * row, gram.get() + area * col, norm.get() + lines * row,
-                      norm.get() + lines * col, begin, end, first, n, skip, times);
+          sums[i].add(grams.gram_of(row), grams.gram_of(col), grams.norms_of(row), grams.norms_of(col), begin, end,
+                      first, n, skip, times);
         }
       };
       for (int64_t strip_at = part; strip_at < strips; strip_at += parts) {
@@ -257,15 +389,15 @@ void paired(const Factor<G> *factors, int64_t count, const int64_t *pairs, int64
         const int64_t n = std::min<int64_t>(PANELS, last - first);
         const int64_t begin = strip_at < wide ? 0 : first * W, end = std::min((first + n) * W, length);
         const auto skip = [first](int64_t line) { return std::max<int64_t>(0, line / W - first); };
-        form(sample, begin, end, first, n, skip);
+        grams.form(sample, begin, end, first, n, skip);
         add(begin, end, first, n, skip, upper);
         if (few && strip_at < wide) {
-          form(sample, full * W, length, first, n, none);
+          grams.form(sample, full * W, length, first, n, none);
           add(full * W, length, first, n, none, twice);
         }
       }
       for (int64_t i = 0; i < pair_count; i++) {
-        const F *r = norm.get() + lines * pairs[2 * i], *c = norm.get() + lines * pairs[2 * i + 1];
+        const F *r = grams.norms_of(pairs[2 * i]), *c = grams.norms_of(pairs[2 * i + 1]);
         double *found = partial.get() + (task * pair_count + i) * 4;
         found[0] = sums[i].together.total(), found[1] = sums[i].by_cols.total(), found[2] = sums[i].by_rows.total();
         if (part == 0)
@@ -281,6 +413,17 @@ void paired(const Factor<G> *factors, int64_t count, const int64_t *pairs, int64
   for (int64_t task = 0; task < tasks; task++)
     for (int64_t i = 0; i < pair_count * 4; i++)
       out[i * samples + task / parts] += partial[task * pair_count * 4 + i];
+}
+
+template <typename F, typename G>
+void paired(const Factor<G> *factors, int64_t count, const int64_t *pairs, int64_t pair_count, int64_t samples,
+            int64_t length, int threads, double *out) {
+#ifdef DPCOMPILE_AMX
+  if constexpr (std::is_same_v<F, float> && std::is_same_v<G, bfloat16>)
+    if (tiles_allowed())
+      return paired_by<F, G, TiledGrams>(factors, count, pairs, pair_count, samples, length, threads, out);
+#endif
+  paired_by<F, G, Grams<F, G>>(factors, count, pairs, pair_count, samples, length, threads, out);
 }
 
 // ------------------------------------------------------------------ explicit norm

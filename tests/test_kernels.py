@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,6 +33,28 @@ def test_kernels_in_the_interpreter(chosen: str) -> None:
     root = CASES.parent.parent
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="flags of another processor")
+def test_sums_of_bfloat16_without_tiles_are_those_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a machine that has AMX; on others both are the same."""
+    torch.manual_seed(0)
+    rows, cols = torch.randn(2, 37, 300).bfloat16(), torch.randn(2, 37, 21).bfloat16()
+    found = kernels.PAIRED(rows, cols, False)
+    monkeypatch.setenv("DPCOMPILE_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-mno-amx-bf16"))
+    try:
+        forget_kernels()
+        torch.testing.assert_close(kernels.PAIRED(rows, cols, False), found, rtol=1e-5, atol=0)
+    finally:
+        monkeypatch.undo()
+        forget_kernels()
+
+
+def forget_kernels() -> None:
+    native.library.cache_clear()
+    native._kernel.cache_clear()
 
 
 PLAIN, CONSTANT = "i32", "constexpr"
