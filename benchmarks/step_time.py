@@ -3,8 +3,8 @@
     python benchmarks/step_time.py gpt2 --compile --rounds 9 --json gpt2.json
 
 One step clears the gradients, runs forward, loss and backward; no noise, no optimizer. The methods take turns, one
-measurement each per round, in one process, so that a busy machine disturbs all of them alike; ratios are taken within
-a round. Freed memory stays with the process (`keep_freed_memory`). "Compiled" methods compile forward and loss together
+measurement each per round, in one process, so that a busy machine disturbs all of them alike; each round another one is
+first. Ratios are taken within a round. Freed memory stays with the process (`keep_freed_memory`). "Compiled" methods compile forward and loss together
 with torch.compile(fullgraph=True), plain training too.
 
 The clipping bound is finite but far above every norm. The graph is the one that clips, yet its gradient has to equal
@@ -185,9 +185,11 @@ def measure_times(
         steps[method] = step
 
     repeats = math.ceil(MEASUREMENT_SECONDS / seconds_per_step(steps["plain-eager"], 3, device))
+    turns = list(steps)
     for _ in range(rounds):
-        for method in steps:
+        for method in turns:
             records[method]["seconds"].append(seconds_per_step(steps[method], repeats, device))
+        turns = [*turns[1:], turns[0]]  # what a method leaves in the caches is not always for the same next one
     return records
 
 

@@ -35,6 +35,7 @@ from dpcompile.passes.follow_memory import follow_memory
 from dpcompile.passes.fuse_products import fuse_products
 from dpcompile.passes.insert_norms import insert_norms
 from dpcompile.passes.keep_layouts import keep_layouts
+from dpcompile.passes.mark_numbers import mark_numbers
 from dpcompile.passes.measure_sites import candidates, measure_sites
 from dpcompile.passes.normalise import normalise
 from dpcompile.passes.part_gradients import part_gradients
@@ -272,6 +273,7 @@ class Analysis:
             forward, back = verify(parts.forward, "split"), verify(parts.backward, "split")
             saved = len(parts.saved)
         batch = program.batch
+        forward, back = mark_numbers(forward), back and mark_numbers(back)
         lengths = tuple(proven(*pair, batch) for pair in zip(self.call.lengths, program.lengths, strict=True))
         return Emitted(
             forward,

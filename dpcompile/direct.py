@@ -1,4 +1,4 @@
-"""Graphs for eager calls: ops by the functions of torch in the place of their overloads.
+"""Graphs for eager calls: ops on a few numbers in chains, others by the functions of torch in the place of overloads.
 
 `torch.mul` finds its op in half the time that `torch.ops.aten.mul.Tensor` takes, a microsecond less for each of the
 hundreds of small ops of a private step. The op is the same.
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from dpcompile import settled
+from dpcompile import records, settled
+from dpcompile.chaining import chained
 
 aten = torch.ops.aten
 
@@ -34,6 +35,7 @@ _FUNCTIONS: dict[Any, Any] = {
     aten.sum.dim_IntList: torch.sum,
     aten.unsqueeze.default: torch.unsqueeze,
     settled.OP: settled.itself,
+    records.OP: records.noted,
 }
 """Of equal arguments."""
 
@@ -42,6 +44,11 @@ def direct(module: fx.GraphModule) -> fx.GraphModule:
     """The same graph, for eager calls."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
-    for node in graph.nodes:
+    for node in graph.find_nodes(op="call_function", target=records.OP):
+        node.replace_all_uses_with(node.args[0])  # norms are noted, and read as they are
+    made = fx.GraphModule(module, graph)
+    chained(made)
+    for node in made.graph.nodes:
         node.target = _FUNCTIONS.get(node.target, node.target)
-    return fx.GraphModule(module, graph)
+    made.recompile()
+    return made

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ from dpcompile.device import cache_directory
 from dpcompile.rounding import norm_slack
 
 HERE = Path(__file__).parent
-SOURCES, HEADERS = ("tiles.cpp", "recurrent.cpp", "sums.cpp", "pools.cpp"), ("blocks.h", "amx.h")
+SOURCES = ("tiles.cpp", "recurrent.cpp", "sums.cpp", "pools.cpp", "chains.cpp")
+HEADERS = ("blocks.h", "amx.h")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 SPAN = 128
 """Products that are added up one after the other; the sums of longer ones are added in turn. As tiles.cpp has it."""
@@ -213,6 +215,51 @@ def max_pool(
     given = (ctypes.c_void_p(images.data_ptr()), (ctypes.c_int64 * len(sizes))(*sizes), torch.get_num_threads())
     kernel(*given, ctypes.c_void_p(out.data_ptr()), ctypes.c_void_p(at.data_ptr()))
     return out, at
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What chains.cpp goes through for every sample, as it reads it: arrays of numbers."""
+
+    sizes: Any
+    constants: Any
+    read: Any
+    code: Any
+    write: Any
+    written: Any
+
+    @classmethod
+    def of(
+        cls,
+        constants: Sequence[float],
+        read: Sequence[tuple[int, int, int]],
+        code: Sequence[int],
+        write: Sequence[tuple[int, int, int]],
+        written: Sequence[int],
+    ) -> Steps:
+        """`read` and `write`: of each tensor its type, how many lines it has, and whether a line has all samples."""
+        sizes = (len(constants), len(read), sum(lines for _, lines, _ in read), len(code) // 4, len(write))
+        each = [[number for tensor in tensors for number in tensor] for tensors in (read, write)]
+        return cls(
+            _array(ctypes.c_int64, sizes),
+            _array(ctypes.c_double, constants),
+            _array(ctypes.c_int64, each[0]),
+            _array(ctypes.c_int32, code),
+            _array(ctypes.c_int64, each[1]),
+            _array(ctypes.c_int64, written),
+        )
+
+
+def chain(steps: Steps, samples: int, given: Sequence[int], out: Sequence[int]) -> None:
+    """Go through them: from tensors at these addresses, without gaps, to others."""
+    found = library()
+    assert found is not None
+    arrays = (steps.sizes, steps.constants, steps.read, steps.code, steps.write, steps.written)
+    found.chain(*arrays, ctypes.c_int64(samples), _array(ctypes.c_int64, given), _array(ctypes.c_int64, out))
+
+
+def _array(kind: Any, numbers: Sequence[Any]) -> Any:
+    return (kind * len(numbers))(*numbers)
 
 
 def recurrence(

@@ -7,6 +7,7 @@ drop the ops: the clip factors depend on what `record_norms` returns, and `hand_
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -45,25 +46,33 @@ def refuse_nonfinite(handle: int) -> None:
 
 
 def write(handle: int, norms: torch.Tensor) -> None:
-    """Keep the norms of one backward. ~handle stands for an empty batch, which ran as one padded sample."""
+    """Keep the norms of one backward, a tensor that nobody else writes to.
+
+    ~handle stands for an empty batch, which ran as one padded sample.
+    """
     if norms.dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
         raise DPCompileError(
             "backward: norms are certified for products of full float32 precision. Set "
             'torch.set_float32_matmul_precision("highest"), or train in bfloat16 with torch.autocast.'
         )
-    kept = norms.detach().clone()  # a compiler reuses the memory of what it handed over
+    kept = norms.detach()
     if handle < 0:
         handle, kept = ~handle, kept[:, :0]
     _norms[handle] = kept
-    strange = (~kept.isfinite()).any(0).sum()
+    if kept.device.type != "cpu" or not math.isfinite(kept.sum()):  # a GPU is not waited for
+        _count_nonfinite(handle, kept)
+    if handle in _observers:
+        _observers[handle](kept)
+
+
+def _count_nonfinite(handle: int, norms: torch.Tensor) -> None:
+    strange = (~norms.isfinite()).any(0).sum()
     _nonfinite[handle] = _nonfinite[handle] + strange if handle in _nonfinite else strange
     if handle in _strict and int(strange):
         raise NonFiniteGradientError(
-            f"{int(strange)} of {kept.shape[1]} samples have a gradient that is NaN or infinite (nonfinite='raise'). "
+            f"{int(strange)} of {norms.shape[1]} samples have a gradient that is NaN or infinite (nonfinite='raise'). "
             "Look at these samples and at the loss, or compile with nonfinite='zero' to leave them out."
         )
-    if handle in _observers:
-        _observers[handle](kept)
 
 
 def hand(handle: int, gradients: Iterable[torch.Tensor | None]) -> None:
@@ -100,7 +109,7 @@ def forget(handle: int) -> None:
 
 @torch.library.custom_op("dpcompile::record_norms", mutates_args=())
 def record_norms(norms: torch.Tensor, handle: int) -> torch.Tensor:
-    write(handle, norms)
+    write(handle, norms.clone())  # a compiler reuses the memory of what it handed over
     return norms.clone()
 
 
@@ -112,8 +121,14 @@ def _(norms: torch.Tensor, handle: int) -> torch.Tensor:
 @torch.library.custom_op("dpcompile::hand_over_norms", mutates_args=("times",))
 def hand_over_norms(norms: torch.Tensor, times: torch.Tensor, handle: int) -> None:
     """For the fused form, whose norms are a result of the graph: nothing else reads them there."""
-    write(handle, norms)
+    write(handle, norms.clone())
     times.add_(1)
+
+
+def noted(norms: torch.Tensor, handle: int) -> torch.Tensor:
+    """In the place of the op in eager calls."""
+    write(handle, norms)
+    return norms
 
 
 OP = torch.ops.dpcompile.record_norms.default

@@ -200,7 +200,10 @@ class DPModule(nn.Module):
         handle = ~self._handle if empty else self._handle
         flat = FusedFunction.apply(emitted, self._bound_tensor(primals), weight, handle, *primals)
         *flat, norms = flat
-        records.HAND_OVER(norms, self._times, handle)
+        if torch.compiler.is_compiling():
+            records.HAND_OVER(norms, self._times, handle)
+        else:
+            records.write(handle, norms)
         (loss,) = self._write_buffers(flat)
         if emitted.penalty is None or self._summed:
             return loss
