@@ -3,9 +3,9 @@
     python benchmarks/step_time.py gpt2 --compile --rounds 9 --json gpt2.json
 
 One step clears the gradients, runs forward, loss and backward; no noise, no optimizer. The methods take turns, one
-measurement each per round, in one process, so that a busy machine disturbs all of them alike; each round another one is
-first. Ratios are taken within a round. Freed memory stays with the process (`keep_freed_memory`). "Compiled" methods compile forward and loss together
-with torch.compile(fullgraph=True), plain training too.
+measurement each per round, in one process, so that a busy machine disturbs all of them alike; in each round another one
+is first. Ratios are taken within a round. Freed memory stays with the process (`keep_freed_memory`). "Compiled" methods
+compile forward and loss together with torch.compile(fullgraph=True), plain training too.
 
 The clipping bound is finite but far above every norm. The graph is the one that clips, yet its gradient has to equal
 that of plain training, so the very step that is timed is also checked (column "error").
