@@ -266,7 +266,7 @@ def chained(module: fx.GraphModule) -> None:
             continue
         if any(source in writer.values for source in node.all_input_nodes) or _changes(node):
             if writer.values and not _changes(node):
-                _look_ahead(writer, nodes[i:])
+                _look_ahead(writer, [node for node in nodes[i:] if node not in taken])
             taken.update(_put(module, writer, node))
             writer = _Writer()
             writer.add(node)
