@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from dpcompile.chaining import APART, NUMBERS, is_mutable
+from dpcompile.chain_ops import NUMBERS
+from dpcompile.chaining import APART, is_mutable
 from dpcompile.chains import TYPES, Numbers
 from dpcompile.ir import Program
 from dpcompile.memory import Root, Storages

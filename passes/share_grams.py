@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from dpcompile import kernels
+from dpcompile.chain_ops import NUMBERS
 from dpcompile.inline import PHASE
 from dpcompile.ir import Draft, Program
 from dpcompile.passes.rewrite import Order
@@ -49,6 +50,7 @@ def _join(graph: fx.Graph, norms: list[fx.Node], position: dict[fx.Node, int]) -
     with graph.inserting_after(last):
         made = graph.call_function(kernels.SHARED, (factors, pairs, last.args[2]))
     made.meta = {**last.meta, "val": torch.stack([node.meta["val"] for node in norms])}
+    made.meta.pop(NUMBERS, None)  # those of one norm, where the program was marked before
     at = made
     for i, node in enumerate(norms):
         with graph.inserting_after(at):

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpcompile import dpcompile, native
-from dpcompile.chaining import APART, NUMBERS, chained
+from dpcompile.chain_ops import NUMBERS
+from dpcompile.chaining import APART, chained
 from dpcompile.chains import Chain, Numbers
 from dpcompile.direct import direct
 from dpcompile.runtime import DPModule
