@@ -295,6 +295,7 @@ def test_maxbatch_counts_what_it_predicts(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- times of this machine
 
 
+@pytest.mark.slow
 def test_tuned_plans_take_the_fastest_and_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DPCOMPILE_CACHE", str(tmp_path))
     asked: list[set[Method]] = []

@@ -108,6 +108,7 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     return compiled(name)[method]
 
 
+@pytest.mark.slow
 def test_ghost_and_explicit_are_two_ways() -> None:
     for name in MODELS:
         ghost, explicit = (compiled(name)[method].dp_model.plan for method in METHODS)

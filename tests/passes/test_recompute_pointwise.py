@@ -91,6 +91,7 @@ def held(program: Program) -> float:
     return sum(storages.sizes[root].each for root in roots if root[0] in made) / 8
 
 
+@pytest.mark.slow
 @settings(max_examples=2, deadline=None, derandomize=True)
 @given(size=st.integers(4, 7), width=st.sampled_from((2, 4)), affine=st.booleans())
 def test_results_are_the_same(size: int, width: int, affine: bool) -> None:
@@ -111,6 +112,7 @@ def test_less_is_held() -> None:
         assert after < most * before, (after, before)
 
 
+@pytest.mark.slow
 def test_no_compiler_merges_the_copies() -> None:
     model = Images().double()
     dp_model, y = fused(model, x := sample(model))

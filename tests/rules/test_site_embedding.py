@@ -148,6 +148,7 @@ class Shared(nn.Module):
         return hidden @ self.table.weight.T if self.way == "tied" else self.head(hidden)
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     way=st.sampled_from(("module", "unsqueezed", "brackets", "index_select", "twice", "tied")),
