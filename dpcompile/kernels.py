@@ -70,7 +70,7 @@ def terms(count: int, dtype: torch.dtype, device: torch.device) -> int:
         return longest + spans
     if not _native(device):
         return 2 * (longest + longest // 4 + 1) + spans
-    return max(longest + spans, 16 + -(-count // 32)) if isinstance(count, int) else count + spans
+    return max(longest + spans, min(count, 16 + -(-count // 32))) if isinstance(count, int) else count + spans
 
 
 def pair_terms(length: int, dtype: torch.dtype, device: torch.device) -> int:

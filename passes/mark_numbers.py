@@ -1,4 +1,4 @@
-"""mark-numbers: values with a few numbers of each sample are told apart from those of size, for dpcompile/chaining.py.
+"""mark-numbers: values of a CPU with a few numbers of each sample are told apart, for dpcompile/chaining.py.
 
 The mark is kept with a graph that is stored, which loses the fake tensors that it is made from.
 """
@@ -38,7 +38,7 @@ def _numbers(node: fx.Node, batch: object) -> Numbers | None:
     value = node.meta.get("val")
     if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool):
         return Numbers((), None)
-    if not isinstance(value, torch.Tensor) or value.dtype not in TYPES:
+    if not isinstance(value, torch.Tensor) or value.dtype not in TYPES or value.device.type != "cpu":
         return None
     sizes = [size_of(size) for size in value.shape]
     shape = tuple(None if size == batch else size for size in sizes)

@@ -119,6 +119,12 @@ def test_sums_are_as_near_to_the_truth_as_is_stated(
     assert ((squares - grad.square().sum((1, 2))).abs() <= 1e-30 + 1.01 * most).all()
 
 
+@pytest.mark.skipif(INTERPRETED, reason="of the kernels for a CPU")
+@pytest.mark.parametrize("count", [1, 2, 16, 33, 128, 4800])
+def test_sums_of_bfloat16_are_not_counted_as_longer(count: int) -> None:
+    assert kernels.terms(count, torch.bfloat16, CPU) == kernels.terms(count, torch.float32, CPU)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_that_share_factors_are_those_of_each_pair(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
