@@ -47,7 +47,7 @@ from dpcompile.passes.rewrite import Order, Rewrite, rewrite
 from dpcompile.passes.scale_in_place import scale_in_place
 from dpcompile.passes.share_grams import share_grams
 from dpcompile.passes.spare_masks import spare_masks
-from dpcompile.passes.split import split
+from dpcompile.passes.split import split, split_sums
 from dpcompile.passes.tidy import tidy
 from dpcompile.passes.trace_backward import loss_scale, trace_backward
 from dpcompile.passes.track_batch import track_batch
@@ -273,6 +273,12 @@ class Analysis:
             forward, back = verify(parts.forward, "split"), verify(parts.backward, "split")
             saved = len(parts.saved)
         batch = program.batch
+        compiled, sums = forward, None
+        if self.fused:
+            compiled = recompute_pointwise(program)
+            if len(clipping.groups) == 1:  # else the sums of a group let go of what they read before the next backward
+                parts = split_sums(compiled)
+                compiled, sums = verify(parts.forward, "split-sums"), verify(parts.backward, "split-sums")
         forward, back = mark_numbers(forward), back and mark_numbers(back)
         lengths = tuple(proven(*pair, batch) for pair in zip(self.call.lengths, program.lengths, strict=True))
         return Emitted(
@@ -288,7 +294,8 @@ class Analysis:
             self.captured.modules,
             penalty(self.program, self.tracked) if self.fused else None,
             drop_tangents,
-            recompute_pointwise(program) if self.fused else forward,
+            forward if not self.fused else compiled,
+            sums,
         )
 
 

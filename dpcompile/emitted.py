@@ -38,7 +38,8 @@ class Emitted:
     modules: Mapping[str, ModuleRecord]  # what the graph has taken from each module of the model
     penalty: Program | None  # fused form: the part of the loss that the parameters alone make
     drop_tangents: Callable[[Program, Sequence[str]], Program | None]  # the backward without gradients of some outputs
-    compiled: Program  # `forward` as compilers see it
+    compiled: Program  # `forward` as compilers see it; fused: up to the norms
+    sums: Program | None  # fused form, for compilers: the clipped sums, behind what `compiled` saves
 
     own: tuple[Output, ...] = field(init=False)  # the model's own results: outputs and new buffer values, in order
     fixed: tuple[int, ...] = field(init=False)  # those of them that no gradient flows into
@@ -149,17 +150,27 @@ class PrivateFunction(torch.autograd.Function):
 
 
 class FusedFunction(torch.autograd.Function):
-    """The fused form: gradients are results of the forward; the backward hands them over."""
+    """The fused form: gradients are results of the forward; the backward hands them over.
+
+    Compilers are given the clipped sums as the backward, where the gradient of the loss scales the samples' weights.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, emitted: Emitted, bound: torch.Tensor, weight: torch.Tensor, handle: int, *primals: Any
     ) -> Any:
-        results = emitted.run_forward(*primals, bound, weight)
-        count = len(results) - emitted.saved  # the model's own results; then gradients and norms
-        *gradients, norms = results[count:]
         ctx.emitted, ctx.handle = emitted, handle
-        ctx.save_for_backward(*gradients)
+        ctx.cut = torch.compiler.is_compiling() and emitted.sums is not None
+        if ctx.cut:
+            results = emitted.compiled.module.forward(*primals, bound)
+            count = len(emitted.own)
+            norms, *saved = results[count:]
+            ctx.save_for_backward(weight.to(norms.dtype), *saved)
+        else:
+            results = emitted.run_forward(*primals, bound, weight)
+            count = len(results) - emitted.saved  # the model's own results; then gradients and norms
+            *gradients, norms = results[count:]
+            ctx.save_for_backward(*gradients)
         own = [value * 0 for value in results[:count]] if handle < 0 else results[:count]
         ctx.mark_non_differentiable(norms, *[own[i] for i in emitted.fixed])
         return (*own, norms)
@@ -167,10 +178,15 @@ class FusedFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         scale = grads[ctx.emitted.tangents[0]]
-        gradients = ctx.saved_tensors
+        if ctx.cut:
+            weight, *saved = ctx.saved_tensors
+            with without_autocast(ctx.emitted):
+                gradients = ctx.emitted.sums.module.forward(*saved, weight * scale.to(weight.dtype))
+        else:
+            gradients = ctx.saved_tensors
         if ctx.handle < 0:
             gradients = [torch.zeros_like(g) for g in gradients]
-        elif torch.compiler.is_compiling() or scale.device.type != "cpu" or scale.item() != 1.0:
+        elif not ctx.cut and (torch.compiler.is_compiling() or scale.device.type != "cpu" or scale.item() != 1.0):
             gradients = [g * scale for g in gradients]
         handed = [None if at is None else gradients[at] for at in ctx.emitted.gradients]
         if not torch.compiler.is_compiling():

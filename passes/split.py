@@ -1,4 +1,8 @@
-"""split: the joint graph cut into a forward and a backward graph, or kept whole as the fused form."""
+"""split: the joint graph cut into a forward and a backward graph.
+
+The split form is cut at the gradients of the outputs. The fused form is one graph; for compilers it is cut behind the
+norms, so that the gradient of the loss scales the weights of samples and not every gradient.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,9 @@ import torch
 from torch import fx
 
 from dpcompile.errors import InvalidGraphError
+from dpcompile.held import HELD
 from dpcompile.ir import Input, InputKind, Output, OutputKind, Program, ancestors
+from dpcompile.memory import is_view
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,51 @@ def split(program: Program) -> Split:
     sizes = {node for node in backward if _is_size(node)}
     back = _extract(program, (backward - forward - set(crossing)) | sizes, back_inputs, made, [])
     return Split(front, back, saved)
+
+
+def split_sums(program: Program) -> Split:
+    """Cut behind the norms: the backward is clip factors and clipped sums.
+
+    What it reads of the forward is read first by an op that no compiler fuses, so that none makes it a second time:
+    of what norms were taken is what is summed, to the bit.
+    """
+    graph = program.graph
+    nodes = program.nodes()
+    made = [o for o in program.outputs if o.kind is OutputKind.GRADIENT]
+    own = [o for o in program.outputs if o.kind is not OutputKind.GRADIENT]
+    (norms,) = (nodes[o.node] for o in own if o.kind is OutputKind.NORMS and o.node is not None)
+    while is_view(norms):
+        norms = norms.all_input_nodes[0]
+    (weight,) = (nodes[i.node] for i in program.inputs_of(InputKind.WEIGHT))
+    first = ancestors([nodes[o.node] for o in own if o.node is not None])
+    if weight in first:
+        raise InvalidGraphError("split: the model's outputs depend on the weights of samples")
+    behind = {norms, weight}
+    for node in graph.nodes:
+        if node.op == "call_function" and not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
+    results = [nodes[o.node] for o in made if o.node is not None]
+    needed = ancestors(results)
+    late = (needed & behind) - first
+    early = (first | needed) - late
+    early |= {node for node in graph.nodes if node.target is operator.getitem and node.args[0] in early}
+    reads = {*_crossing(graph, early, late, {weight}), *early.intersection(results)}
+    crossing = _with_lengths(program, [node for node in graph.nodes if node in reads])
+    front = _extract(program, early, [i for i in program.inputs if i.kind is not InputKind.WEIGHT], own, crossing)
+    back_inputs = [*(Input(node.name, InputKind.CONSTANT, node.name) for node in crossing)]
+    back_inputs += program.inputs_of(InputKind.WEIGHT)
+    back = _extract(program, late | {node for node in needed if _is_size(node)}, back_inputs, made, [])
+    _hold(back)
+    return Split(front, back, tuple(node.name for node in crossing))
+
+
+def _hold(program: Program) -> None:
+    *crossing, weight = program.graph.find_nodes(op="placeholder")
+    with program.graph.inserting_after(weight):
+        held = program.graph.call_function(HELD, (weight, crossing))
+    held.meta["val"] = weight.meta["val"]
+    weight.replace_all_uses_with(held, delete_user_cb=lambda user: user is not held)
+    program.module.recompile()
 
 
 def _crossing(graph: fx.Graph, forward: set[fx.Node], backward: set[fx.Node], late: set[fx.Node]) -> list[fx.Node]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from expecttest import assert_expected_inline
+from functorch.compile import make_boxed_func
 from layers import Apply, compile_all, randomised
-from torch import nn
+from torch import fx, nn
+from torch._dynamo.backends.common import aot_autograd
 
+from dpcompile import DPModule, dpcompile
 from dpcompile.emitted import Emitted
+from dpcompile.held import HELD
 from dpcompile.ir import InputKind, OutputKind, Program
 
 
@@ -71,3 +78,55 @@ def test_backward_forms_no_product_that_it_does_not_need() -> None:
     biases = [o for o in parts.backward.outputs if o.kind is OutputKind.GRADIENT and "bias" in o.target]
     assert len(weights) == len(biases) == 2
     assert len(products) == 1 + len(weights) + len(biases)
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return found
+
+
+def fused(**options: Any) -> tuple[nn.Module, DPModule, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(5, 6, 4).double(), torch.arange(5) % 3
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs.mean(1), targets)
+
+    options = {"max_grad_norm": 0.05, "validate": "off", **options}
+    return model, dpcompile(model, x, loss_fn=loss, sample_targets=y, **options), x, y
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_what_a_loss_is_scaled_by_scales_compiled_sums(backend: str, per_layer: bool) -> None:
+    """And neither norms nor clip factors, one group or many."""
+    model, dp_model, x, y = fused(**({"clip_groups": "per-layer"} if per_layer else {}))
+    assert (dp_model._emitted.sums is None) == per_layer
+    dp_model(x, targets=y).backward()
+    expected, norms = gradients(model), dp_model.per_sample_norms
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda scale: dp_model(x, targets=y) * scale, backend=backend, fullgraph=True)
+    for scale in (1.0, -0.3, 0.0):
+        compiled(torch.tensor(scale, dtype=torch.double)).backward()
+        torch.testing.assert_close(gradients(model), [scale * grad for grad in expected], rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(dp_model.per_sample_norms, norms, rtol=1e-12, atol=0)
+
+
+def test_no_compiler_makes_again_what_is_summed() -> None:
+    """What the sums read crosses as it is: of gelu's result neither it nor its gradient is made a second time."""
+    _, dp_model, x, y = fused(norm_method="ghost")
+    graphs: list[fx.GraphModule] = []
+
+    def look(graph: fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    torch.compile(lambda: dp_model(x, targets=y), backend=aot_autograd(fw_compiler=look), fullgraph=True)().backward()
+    forward, backward = graphs
+    assert backward.graph.find_nodes(op="call_function", target=HELD)
+    for op in (torch.ops.aten.gelu.default, torch.ops.aten.gelu_backward.default):
+        assert forward.graph.find_nodes(op="call_function", target=op)
+        assert not backward.graph.find_nodes(op="call_function", target=op)
