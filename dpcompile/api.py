@@ -36,6 +36,7 @@ from dpcompile.passes.fuse_products import fuse_products
 from dpcompile.passes.insert_norms import insert_norms
 from dpcompile.passes.keep_layouts import keep_layouts
 from dpcompile.passes.mark_numbers import mark_numbers
+from dpcompile.passes.mark_overwrites import mark_overwrites
 from dpcompile.passes.measure_sites import candidates, measure_sites
 from dpcompile.passes.normalise import normalise
 from dpcompile.passes.part_gradients import part_gradients
@@ -280,6 +281,7 @@ class Analysis:
                 parts = split_sums(compiled)
                 compiled, sums = verify(parts.forward, "split-sums"), verify(parts.backward, "split-sums")
         forward, back = mark_numbers(forward), back and mark_numbers(back)
+        forward, back = mark_overwrites(forward), back and mark_overwrites(back)
         lengths = tuple(proven(*pair, batch) for pair in zip(self.call.lengths, program.lengths, strict=True))
         return Emitted(
             forward,

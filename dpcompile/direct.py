@@ -1,4 +1,6 @@
-"""Graphs for eager calls: ops on a few numbers in chains, others by the functions of torch in the place of overloads.
+"""Graphs for eager calls: ops on a few numbers in chains, others over operands that are not needed any more.
+
+And by the functions of torch in the place of overloads:
 
 `torch.mul` finds its op in half the time that `torch.ops.aten.mul.Tensor` takes, a microsecond less for each of the
 hundreds of small ops of a private step. The op is the same.
@@ -13,6 +15,7 @@ from torch import fx
 
 from dpcompile import records, settled
 from dpcompile.chaining import chained
+from dpcompile.overwriting import overwrite
 
 aten = torch.ops.aten
 
@@ -48,6 +51,7 @@ def direct(module: fx.GraphModule) -> fx.GraphModule:
         node.replace_all_uses_with(node.args[0])  # norms are noted, and read as they are
     made = fx.GraphModule(module, graph)
     chained(made)
+    overwrite(made.graph)
     for node in made.graph.nodes:
         node.target = _FUNCTIONS.get(node.target, node.target)
     made.recompile()

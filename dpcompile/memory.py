@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from dpcompile.finite import finite_rows
 from dpcompile.ir import InputKind, Program
+from dpcompile.overwriting import OVER
 from dpcompile.shapes import hint, is_one, size_of
 from dpcompile.torch_internals import sample_sizes
 from dpcompile.twice import twice
@@ -90,9 +91,13 @@ class Timeline:
 
 
 class Storages:
-    """Which memory every value of a graph lies in, and how large each piece is."""
+    """Which memory every value of a graph lies in, and how large each piece is.
 
-    def __init__(self, program: Program) -> None:
+    With `overwritten`, as in an eager call: marked ops write over an operand.
+    """
+
+    def __init__(self, program: Program, *, overwritten: bool = False) -> None:
+        self._overwritten = overwritten
         self.sizes: dict[Root, Bytes] = {}
         self._batch = program.batch
         self._sizes: dict[sympy.Expr, Bytes] = {}
@@ -118,6 +123,10 @@ class Storages:
             return tuple(own) if own and own[0][0] == owner.name else self.of(owner)
         if is_view(node):
             return self.of(node.all_input_nodes[0])
+        if self._overwritten and OVER in node.meta:
+            operand = node.args[node.meta[OVER]]
+            assert isinstance(operand, fx.Node)
+            return self.of(operand)
         made: list[Root] = []
         for i, value in enumerate(pytree.tree_leaves(node.meta.get("val"))):
             if isinstance(value, torch.Tensor):
@@ -177,9 +186,9 @@ def _numbers(sizes: Any) -> list[Any]:
 
 
 def timeline(program: Program) -> Timeline:
-    """Of a whole step in one graph, in the order of its ops; results stay to the end."""
+    """Of a whole eager step in one graph, in the order of its ops; results stay to the end."""
     nodes = [node for node in program.graph.nodes if node.op != "placeholder"]
-    lives = lives_of(Storages(program), nodes, {node.name: i for i, node in enumerate(nodes)})
+    lives = lives_of(Storages(program, overwritten=True), nodes, {node.name: i for i, node in enumerate(nodes)})
     return Timeline.of(lives.values(), len(nodes))
 
 

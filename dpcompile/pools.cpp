@@ -56,8 +56,76 @@ void take_larger(const F *values, const Tap &tap, Place<F> place, Place<F> strid
   }
 }
 
+// Of narrow images, as many planes at a time as a register has lanes.
+template <typename F>
+class Narrow {
+ public:
+  explicit Narrow(const Windows &z)
+      : z(z), windows(z.rows * z.columns), packed(z.high * z.wide * W), best(rounded() * W), places(rounded() * W) {}
+
+  void run(const F *images, int64_t count, F *out, int64_t *at) {
+    pack(images, count, z.high * z.wide, z.high * z.wide, 1, packed.get());
+    for (int64_t row = 0, window = 0; row < z.rows; row++)
+      for (int64_t column = 0; column < z.columns; column++, window++) take_largest(row, column, window);
+    for (int64_t first = 0; first < windows; first += W) {
+      const int64_t some = std::min<int64_t>(W, windows - first);
+      Lanes<F> lines[W], found[W];
+      for (int i = 0; i < W; i++) lines[i] = load(best.get() + (first + i) * W), found[i] = load(places.get() + (first + i) * W);
+      transpose<F>(lines), transpose<F>(found);
+      for (int64_t plane = 0; plane < count; plane++) {
+        Place<F> own[W];
+        std::memcpy(own, &found[plane], BYTES);
+        std::memcpy(out + plane * windows + first, &lines[plane], some * sizeof(F));
+        for (int64_t i = 0; i < some; i++) at[plane * windows + first + i] = own[i];
+      }
+    }
+  }
+
+ private:
+  static constexpr int W = WIDTH<F>;
+  typedef Place<F> Marks __attribute__((vector_size(BYTES)));
+  int64_t rounded() const { return panels_of(windows, W) * W; }
+
+  void take_largest(int64_t row, int64_t column, int64_t window) {
+    Lanes<F> largest = Lanes<F>{} - std::numeric_limits<F>::infinity();
+    Marks place = Marks{} - 1;
+    for (int64_t k = 0; k < z.kernel[0]; k++)
+      for (int64_t l = 0; l < z.kernel[1]; l++) {
+        const int64_t y = row * z.stride[0] - z.padding[0] + k * z.dilation[0];
+        const int64_t x = column * z.stride[1] - z.padding[1] + l * z.dilation[1];
+        if (y < 0 || y >= z.high || x < 0 || x >= z.wide) continue;
+        const Lanes<F> values = load(packed.get() + (y * z.wide + x) * W);
+        const Marks larger = (values > largest) | (values != values) | (place < 0);  // as in take_larger
+        largest = larger ? values : largest;
+        place = larger ? Marks{} + Place<F>(y * z.wide + x) : place;
+      }
+    store(best.get() + window * W, largest);
+    std::memcpy(places.get() + window * W, &place, BYTES);
+  }
+
+  const Windows z;
+  int64_t windows;
+  Buffer<F> packed, best, places;
+};
+
+constexpr int64_t NARROW_PLANE = 4096;  // numbers of a plane that is kept with others
+
+template <typename F>
+void max_pool_narrow(const F *images, const Windows &z, int threads, F *out, int64_t *at) {
+  constexpr int W = WIDTH<F>;
+  const int64_t size = z.high * z.wide, windows = z.rows * z.columns;
+#pragma omp parallel num_threads(threads)
+  {
+    Narrow<F> narrow(z);
+#pragma omp for
+    for (int64_t first = 0; first < z.planes; first += W)
+      narrow.run(images + first * size, std::min<int64_t>(W, z.planes - first), out + first * windows, at + first * windows);
+  }
+}
+
 template <typename F>
 void max_pool(const F *images, const Windows &z, int threads, F *out, int64_t *at) {
+  if (z.columns < WIDTH<F> && z.high * z.wide <= NARROW_PLANE) return max_pool_narrow(images, z, threads, out, at);
   const int64_t stride = z.stride[1], each = panels_of(z.wide, stride);
   const auto taps = taps_of(z);
 #pragma omp parallel num_threads(threads)

@@ -18,6 +18,7 @@ from dpcompile.device import FORK, DeviceSpec
 from dpcompile.finite import finite_rows
 from dpcompile.flops import flops_of, is_attention, sides_of
 from dpcompile.ir import Program
+from dpcompile.layouts import convolution
 from dpcompile.memory import Storages
 from dpcompile.pools import max_pool
 from dpcompile.recurrent import GRU, LSTM, RNN
@@ -27,6 +28,8 @@ from dpcompile.torch_internals import sample_sizes
 
 aten = torch.ops.aten
 
+_LAID_OUT = (aten.convolution.default, convolution, aten.convolution_backward.default)
+"""Ops of oneDNN that bring images and weight into an order of their own, and the result back: as much traffic again."""
 _OURS = (*kernels.OPS, patches.OP, patches.SQUARES, patches.SUM)
 
 
@@ -54,10 +57,10 @@ def times(program: Program, device: DeviceSpec, batch_size: int) -> dict[fx.Node
         flops = _number(flops_of(node), sizes)
         rate = _rate(node, device, sizes)
         shared = bool(flops) or elements >= FORK
+        laid_out = node.target in _LAID_OUT
         slow = elements * _slow(device).get(node.target, 0.0)
-        found[node] += (
-            shared * device.s_per_fork * steps_of(node) + flops / rate + max(moved / device.bytes_per_s, slow)
-        )
+        forks = shared * (steps_of(node) + 3 * laid_out)
+        found[node] += forks * device.s_per_fork + flops / rate + max((1 + laid_out) * moved / device.bytes_per_s, slow)
     return found
 
 

@@ -16,6 +16,7 @@ from torch import fx
 from dpcompile.inline import PHASE
 from dpcompile.ir import Draft, Program
 from dpcompile.memory import Storages
+from dpcompile.overwriting import unmark
 from dpcompile.passes.rewrite import Order
 from dpcompile.shapes import is_one
 
@@ -37,7 +38,9 @@ def scale_in_place(draft: Draft, _order: Order) -> Draft:
         roots = storages.of(node.all_input_nodes[0])
         if node.meta.get(PHASE) != "sum" or not roots or not made.issuperset(root[0] for root in roots):
             continue
-        if all(last[root] == position[node] for root in roots) and _fits(node, {root[0] for root in roots}):
+        first = node.all_input_nodes[0]
+        dead = node.args[0] is first and all(last[root] == position[node] for root in roots)
+        if dead and fits(node, first, {root[0] for root in roots}):
             node.target = aten.mul_.Tensor
     program.module.recompile()
     return replace(draft, program=program)
@@ -47,16 +50,17 @@ def copied(program: Program) -> None:
     """Undo it, before ops are taken out: what was written over may then be another value."""
     for node in program.graph.find_nodes(op="call_function", target=aten.mul_.Tensor):
         node.target = aten.mul.Tensor
+    unmark(program.graph)
 
 
-def _fits(node: fx.Node, made: set[str]) -> bool:
-    """Whether the result has the type and shape of the first factor, whose numbers lie in places of their own."""
-    first = node.all_input_nodes[0]
-    if node.args[0] is not first:
-        return False
-    value, result = first.meta["val"], node.meta["val"]
+def fits(node: fx.Node, operand: fx.Node, made: set[str]) -> bool:
+    """Whether a result has the type and shape of an operand, whose numbers lie in places of their own.
+
+    `made`: by which ops its memory.
+    """
+    value, result = operand.meta["val"], node.meta["val"]
     alike = value.dtype is result.dtype and str(value.shape) == str(result.shape)
-    return alike and not any(map(_spread, _views(first, made)))
+    return alike and not any(map(_spread, _views(operand, made)))
 
 
 def _views(node: fx.Node, made: set[str]) -> Iterator[fx.Node]:

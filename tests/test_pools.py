@@ -16,7 +16,7 @@ PAIR = st.tuples(st.integers(1, 4), st.integers(1, 4))
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
-    planes=st.sampled_from([(0, 2), (1, 1), (3, 2)]),
+    planes=st.sampled_from([(0, 2), (1, 1), (3, 2), (3, 11)]),
     size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     kernel=PAIR,
     stride=st.one_of(st.just(()), PAIR),

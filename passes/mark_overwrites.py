@@ -1,0 +1,50 @@
+"""mark-overwrites: ops on number by number that may write over an operand which nothing reads behind them.
+
+In eager calls (dpcompile/direct.py) they do: a gradient that is on its way takes no new memory at each op, which would
+have to come from outside the caches. Compilers arrange memory themselves.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from dpcompile.chain_ops import NUMBERS
+from dpcompile.ir import Program
+from dpcompile.memory import Root, Storages, is_view
+from dpcompile.overwriting import OVER, writing_over
+from dpcompile.passes.scale_in_place import fits
+
+
+def mark_overwrites(program: Program) -> Program:
+    """The program, whose nodes have the mark: the position of the operand."""
+    storages = Storages(program)
+    order = list(program.graph.nodes)
+    made = {node.name for node in order if node.op == "call_function"}
+    last: dict[Root, fx.Node] = {}
+    moving: set[Root] = set()  # that chains read, which may move
+    for node in order:
+        for source in node.all_input_nodes:
+            last.update((root, node) for root in storages.of(source))
+            if NUMBERS in node.meta:
+                moving.update(storages.of(source))
+    for node in order:
+        if node.op != "call_function" or NUMBERS in node.meta or is_view(node):
+            continue
+        for i, operand in enumerate(node.args):
+            if not isinstance(operand, fx.Node) or writing_over(node.target, i) is None:
+                continue
+            roots = set(storages.of(operand))
+            others = {root for other in node.all_input_nodes if other is not operand for root in storages.of(other)}
+            free = made.issuperset(root[0] for root in roots) and roots.isdisjoint(moving | others)
+            if roots and free and all(last[root] is node for root in roots) and _alike(node, operand, roots):
+                node.meta[OVER] = i
+                break
+    return program
+
+
+def _alike(node: fx.Node, operand: fx.Node, roots: set[Root]) -> bool:
+    value, result = operand.meta["val"], node.meta["val"]
+    if not isinstance(value, torch.Tensor) or not isinstance(result, torch.Tensor):
+        return False
+    return str(value.stride()) == str(result.stride()) and fits(node, operand, {root[0] for root in roots})
