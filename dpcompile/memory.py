@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from dpcompile import records, settled
 from dpcompile.finite import finite_rows
 from dpcompile.ir import InputKind, Program
 from dpcompile.overwriting import OVER
@@ -30,6 +31,9 @@ aten = torch.ops.aten
 Root = tuple[str, int]
 """A piece of memory: the op that makes it, and which of its results it is."""
 
+INPUT: Root = ("", 0)
+"""In the place of what is there between steps."""
+_NOTHING = {settled.OP, records.OP}  # in eager calls (direct.py)
 _RESHAPES = {aten.reshape.default, aten.contiguous.default, aten.flatten.using_ints}  # views where strides allow it
 
 
@@ -93,11 +97,12 @@ class Timeline:
 class Storages:
     """Which memory every value of a graph lies in, and how large each piece is.
 
-    With `overwritten`, as in an eager call: marked ops write over an operand.
+    `eager`: as in an eager call, where marked ops write over an operand and some ops are nothing.
     """
 
-    def __init__(self, program: Program, *, overwritten: bool = False) -> None:
-        self._overwritten = overwritten
+    def __init__(self, program: Program, *, eager: bool = False) -> None:
+        self._eager = eager
+        self._copies: dict[str, fx.Node] = {}  # reshapes that copy at the sample's sizes, and what they read
         self.sizes: dict[Root, Bytes] = {}
         self._batch = program.batch
         self._sizes: dict[sympy.Expr, Bytes] = {}
@@ -113,6 +118,14 @@ class Storages:
         """Nothing for inputs that are there between steps, numbers and sizes."""
         return self._roots.get(node.name, ())
 
+    def possible(self, node: fx.Node) -> set[Root]:
+        """The same at any sizes: a reshape that copies at the sample's may be a view at others. Of inputs, INPUT."""
+        found = set(self.of(node))
+        for name, _ in tuple(found):
+            if name in self._copies:
+                found |= self.possible(self._copies[name])
+        return found or {INPUT}
+
     def _find(self, node: fx.Node) -> tuple[Root, ...]:
         if node.op == "get_attr":
             return ()
@@ -123,10 +136,12 @@ class Storages:
             return tuple(own) if own and own[0][0] == owner.name else self.of(owner)
         if is_view(node):
             return self.of(node.all_input_nodes[0])
-        if self._overwritten and OVER in node.meta:
-            operand = node.args[node.meta[OVER]]
+        if self._eager and (OVER in node.meta or node.target in _NOTHING):
+            operand = node.args[node.meta.get(OVER, 0)]
             assert isinstance(operand, fx.Node)
             return self.of(operand)
+        if node.target in _RESHAPES:
+            self._copies[node.name] = node.all_input_nodes[0]
         made: list[Root] = []
         for i, value in enumerate(pytree.tree_leaves(node.meta.get("val"))):
             if isinstance(value, torch.Tensor):
@@ -188,7 +203,7 @@ def _numbers(sizes: Any) -> list[Any]:
 def timeline(program: Program) -> Timeline:
     """Of a whole eager step in one graph, in the order of its ops; results stay to the end."""
     nodes = [node for node in program.graph.nodes if node.op != "placeholder"]
-    lives = lives_of(Storages(program, overwritten=True), nodes, {node.name: i for i, node in enumerate(nodes)})
+    lives = lives_of(Storages(program, eager=True), nodes, {node.name: i for i, node in enumerate(nodes)})
     return Timeline.of(lives.values(), len(nodes))
 
 

@@ -18,26 +18,26 @@ from dpcompile.passes.scale_in_place import fits
 
 def mark_overwrites(program: Program) -> Program:
     """The program, whose nodes have the mark: the position of the operand."""
-    storages = Storages(program)
+    storages = Storages(program, eager=True)
     order = list(program.graph.nodes)
     made = {node.name for node in order if node.op == "call_function"}
     last: dict[Root, fx.Node] = {}
     moving: set[Root] = set()  # that chains read, which may move
     for node in order:
         for source in node.all_input_nodes:
-            last.update((root, node) for root in storages.of(source))
+            last.update((root, node) for root in storages.possible(source))
             if NUMBERS in node.meta:
-                moving.update(storages.of(source))
+                moving |= storages.possible(source)
     for node in order:
         if node.op != "call_function" or NUMBERS in node.meta or is_view(node):
             continue
         for i, operand in enumerate(node.args):
             if not isinstance(operand, fx.Node) or writing_over(node.target, i) is None:
                 continue
-            roots = set(storages.of(operand))
-            others = {root for other in node.all_input_nodes if other is not operand for root in storages.of(other)}
-            free = made.issuperset(root[0] for root in roots) and roots.isdisjoint(moving | others)
-            if roots and free and all(last[root] is node for root in roots) and _alike(node, operand, roots):
+            roots = storages.possible(operand)
+            others = [storages.possible(other) for other in node.all_input_nodes if other is not operand]
+            free = made.issuperset(root[0] for root in roots) and roots.isdisjoint(moving.union(*others))
+            if free and all(last[root] is node for root in roots) and _alike(node, operand, roots):
                 node.meta[OVER] = i
                 break
     return program

@@ -32,11 +32,11 @@ def scale_in_place(draft: Draft, _order: Order) -> Draft:
     last: dict[Any, int] = {}
     for node, i in position.items():
         for source in node.all_input_nodes:
-            for root in storages.of(source):
+            for root in storages.possible(source):
                 last[root] = i
     for node in program.graph.find_nodes(op="call_function", target=aten.mul.Tensor):
-        roots = storages.of(node.all_input_nodes[0])
-        if node.meta.get(PHASE) != "sum" or not roots or not made.issuperset(root[0] for root in roots):
+        roots = storages.possible(node.all_input_nodes[0])
+        if node.meta.get(PHASE) != "sum" or not made.issuperset(root[0] for root in roots):
             continue
         first = node.all_input_nodes[0]
         dead = node.args[0] is first and all(last[root] == position[node] for root in roots)

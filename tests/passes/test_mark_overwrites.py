@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dpcompile import DPModule, dpcompile
+from dpcompile.api import prove
 from dpcompile.direct import direct
 from dpcompile.ir import Program
 from dpcompile.overwriting import OVER, writing_over
+from dpcompile.passes.mark_overwrites import mark_overwrites
 
 aten = torch.ops.aten
 
@@ -87,6 +89,28 @@ def test_nothing_is_written_over_that_is_read_later_or_comes_from_outside() -> N
     operands = {node.args[node.meta[OVER]].name for node in forward.graph.nodes if OVER in node.meta}
     assert operands
     assert operands.isdisjoint(saved)
+
+
+@pytest.mark.parametrize("read_later", [True, False])
+def test_a_reshape_may_be_a_view_of_one_sample(read_later: bool) -> None:
+    """It copies [5, B, 4] of other strides, but for B = 1: what it reads must not be read again either."""
+    program = prove(nn.Linear(4, 4), torch.randn(3, 5, 4)).conclude().program
+    graph = program.graph
+    made = program.nodes()[str(program.outputs[0].node)]
+    (end,) = graph.find_nodes(op="output")
+
+    def call(op: Any, *args: Any) -> fx.Node:
+        with graph.inserting_before(end):
+            node = graph.call_function(op, args)
+        node.meta["val"] = op(*(value.meta["val"] if isinstance(value, fx.Node) else value for value in args))
+        return node
+
+    others = [] if read_later else [call(aten.mul.Tensor, made, 2)]
+    copy = call(aten.reshape.default, call(aten.permute.default, made, [1, 0, 2]), [-1, 4])
+    result = call(aten.relu.default, copy)
+    others += [call(aten.mul.Tensor, made, 2)] if read_later else []
+    end.args = ([result, *others],)
+    assert (result.name in marked(mark_overwrites(program))) != read_later
 
 
 def test_a_gradient_on_its_way_takes_no_new_memory() -> None:
