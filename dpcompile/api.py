@@ -273,7 +273,6 @@ class Analysis:
             parts = split(program)
             forward, back = verify(parts.forward, "split"), verify(parts.backward, "split")
             saved = len(parts.saved)
-        batch = program.batch
         compiled, sums = forward, None
         if self.fused:
             compiled = recompute_pointwise(program)
@@ -282,7 +281,7 @@ class Analysis:
                 compiled, sums = verify(parts.forward, "split-sums"), verify(parts.backward, "split-sums")
         forward, back = mark_numbers(forward), back and mark_numbers(back)
         forward, back = mark_overwrites(forward), back and mark_overwrites(back)
-        lengths = tuple(proven(*pair, batch) for pair in zip(self.call.lengths, program.lengths, strict=True))
+        lengths = tuple(proven(*pair, program.batch) for pair in zip(self.call.lengths, program.lengths, strict=True))
         return Emitted(
             forward,
             back,
@@ -296,7 +295,7 @@ class Analysis:
             self.captured.modules,
             penalty(self.program, self.tracked) if self.fused else None,
             drop_tangents,
-            forward if not self.fused else compiled,
+            compiled,
             sums,
         )
 

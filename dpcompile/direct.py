@@ -1,9 +1,8 @@
-"""Graphs for eager calls: ops on a few numbers in chains, others over operands that are not needed any more.
+"""Graphs for eager calls.
 
-And by the functions of torch in the place of overloads:
-
-`torch.mul` finds its op in half the time that `torch.ops.aten.mul.Tensor` takes, a microsecond less for each of the
-hundreds of small ops of a private step. The op is the same.
+Ops on a few numbers run in chains, others write over operands that nothing reads any more, and ops are called by the
+functions of torch: `torch.mul` finds its op in half the time that `torch.ops.aten.mul.Tensor` takes, a microsecond less
+for each of the hundreds of small ops of a private step. The op is the same.
 """
 
 from __future__ import annotations

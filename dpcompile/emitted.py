@@ -38,8 +38,8 @@ class Emitted:
     modules: Mapping[str, ModuleRecord]  # what the graph has taken from each module of the model
     penalty: Program | None  # fused form: the part of the loss that the parameters alone make
     drop_tangents: Callable[[Program, Sequence[str]], Program | None]  # the backward without gradients of some outputs
-    compiled: Program  # `forward` as compilers see it; fused: up to the norms
-    sums: Program | None  # fused form, for compilers: the clipped sums, behind what `compiled` saves
+    compiled: Program  # `forward` as compilers see it; up to the norms where there are `sums`
+    sums: Program | None  # fused form of one clip group, for compilers: the clipped sums, of what `compiled` saves
 
     own: tuple[Output, ...] = field(init=False)  # the model's own results: outputs and new buffer values, in order
     fixed: tuple[int, ...] = field(init=False)  # those of them that no gradient flows into
@@ -134,6 +134,8 @@ class PrivateFunction(torch.autograd.Function):
                     tangents = [e if t is None else t for t, e in zip(tangents, empty, strict=True)]
             bound, weight, *saved = ctx.saved_tensors
             ctx.maybe_clear_saved_tensors()  # from here on the graph alone holds them, and lets go after the last use
+            if _is_retained(ctx):
+                saved = [value.clone() for value in saved]  # the graph writes over some of them
             boxed = [*saved, *tangents, bound, weight, ctx.handle]
             del saved, tangents, grads
             with without_autocast(emitted):
@@ -149,10 +151,19 @@ class PrivateFunction(torch.autograd.Function):
         return (None, None, None, None, *gradients)
 
 
+def _is_retained(ctx: Any) -> bool:
+    """Whether the backward may run again, so that what was saved is still there."""
+    try:
+        return ctx.saved_tensors is not None
+    except RuntimeError:
+        return False
+
+
 class FusedFunction(torch.autograd.Function):
     """The fused form: gradients are results of the forward; the backward hands them over.
 
-    Compilers are given the clipped sums as the backward, where the gradient of the loss scales the samples' weights.
+    Where there is one clip group, compilers are given the clipped sums as the backward: there the gradient of the loss
+    scales the samples' weights.
     """
 
     @staticmethod

@@ -57,7 +57,7 @@ def times(program: Program, device: DeviceSpec, batch_size: int) -> dict[fx.Node
         flops = _number(flops_of(node), sizes)
         rate = _rate(node, device, sizes)
         shared = bool(flops) or elements >= FORK
-        laid_out = node.target in _LAID_OUT
+        laid_out = node.target in _LAID_OUT and device.s_per_fork > 0  # on a CPU
         slow = elements * _slow(device).get(node.target, 0.0)
         forks = shared * (steps_of(node) + 3 * laid_out)
         found[node] += forks * device.s_per_fork + flops / rate + max((1 + laid_out) * moved / device.bytes_per_s, slow)

@@ -22,10 +22,13 @@ def fix_batch(emitted: Emitted) -> Emitted:
     size = emitted.call.batch_size
     if size == 0:
         raise CaptureError("sample: the sample is empty, and dynamic=False takes the batch size from it.")
+    forward = _fixed(emitted.forward, size)
     return replace(
         emitted,
-        forward=_fixed(emitted.forward, size),
-        backward=None if emitted.backward is None else _fixed(emitted.backward, size),
+        forward=forward,
+        backward=emitted.backward and _fixed(emitted.backward, size),
+        compiled=forward if emitted.compiled is emitted.forward else _fixed(emitted.compiled, size),
+        sums=emitted.sums and _fixed(emitted.sums, size),
         call=replace(emitted.call, fixed=True),
     )
 

@@ -6,7 +6,6 @@ have to come from outside the caches. Compilers arrange memory themselves.
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from dpcompile.chain_ops import NUMBERS
@@ -37,14 +36,7 @@ def mark_overwrites(program: Program) -> Program:
             roots = storages.possible(operand)
             others = [storages.possible(other) for other in node.all_input_nodes if other is not operand]
             free = made.issuperset(root[0] for root in roots) and roots.isdisjoint(moving.union(*others))
-            if free and all(last[root] is node for root in roots) and _alike(node, operand, roots):
+            if free and all(last[root] is node for root in roots) and fits(node, operand, {root[0] for root in roots}):
                 node.meta[OVER] = i
                 break
     return program
-
-
-def _alike(node: fx.Node, operand: fx.Node, roots: set[Root]) -> bool:
-    value, result = operand.meta["val"], node.meta["val"]
-    if not isinstance(value, torch.Tensor) or not isinstance(result, torch.Tensor):
-        return False
-    return str(value.stride()) == str(result.stride()) and fits(node, operand, {root[0] for root in roots})

@@ -20,6 +20,7 @@ from dpcompile.ir import Program
 from dpcompile.memory import Root, Storages, is_view
 from dpcompile.passes.compute_again import may_run_twice
 from dpcompile.passes.follow_memory import SAMPLES
+from dpcompile.passes.scale_in_place import copied
 from dpcompile.seed import OP as SEED
 from dpcompile.torch_internals import made_of
 from dpcompile.twice import ZERO_BEHIND
@@ -33,6 +34,7 @@ READS = 2
 def recompute_pointwise(program: Program) -> Program:
     """A program with the same results, for compilers alone."""
     made = program.copy()
+    copied(made)  # a compiler arranges memory itself, and a backward may run twice
     for op in (aten.native_layer_norm.default, aten.native_group_norm.default):
         for norm in made.graph.find_nodes(op="call_function", target=op):
             _write_out(made.graph, norm)

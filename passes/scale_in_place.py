@@ -18,7 +18,7 @@ from dpcompile.ir import Draft, Program
 from dpcompile.memory import Storages
 from dpcompile.overwriting import unmark
 from dpcompile.passes.rewrite import Order
-from dpcompile.shapes import is_one
+from dpcompile.shapes import hint
 
 aten = torch.ops.aten
 
@@ -54,13 +54,16 @@ def copied(program: Program) -> None:
 
 
 def fits(node: fx.Node, operand: fx.Node, made: set[str]) -> bool:
-    """Whether a result has the type and shape of an operand, whose numbers lie in places of their own.
+    """Whether a result has the type, shape and strides of an operand, whose numbers lie in places of their own.
 
     `made`: by which ops its memory.
     """
     value, result = operand.meta["val"], node.meta["val"]
-    alike = value.dtype is result.dtype and str(value.shape) == str(result.shape)
-    return alike and not any(map(_spread, _views(operand, made)))
+    if not isinstance(value, torch.Tensor) or not isinstance(result, torch.Tensor):
+        return False
+    laid_out = [(str(x.shape), str(x.stride())) for x in (value, result)]
+    alike = value.dtype is result.dtype and laid_out[0] == laid_out[1]
+    return alike and not any(map(_overlaps, _views(operand, made)))
 
 
 def _views(node: fx.Node, made: set[str]) -> Iterator[fx.Node]:
@@ -71,10 +74,18 @@ def _views(node: fx.Node, made: set[str]) -> Iterator[fx.Node]:
         yield node
 
 
-def _spread(node: fx.Node) -> bool:
-    """Whether several of its numbers lie in one place."""
+def _overlaps(node: fx.Node) -> bool:
+    """Whether several of its numbers lie in one place, as those of windows do; also where sizes do not tell."""
     value = node.meta["val"]
     if not isinstance(value, torch.Tensor):
         return False
-    sizes = zip(value.shape, value.stride(), strict=True)
-    return any(not is_one(size) and isinstance(stride, int) and stride == 0 for size, stride in sizes)
+    pairs = [(hint(s), hint(n), isinstance(n, int)) for s, n in zip(value.stride(), value.shape, strict=True)]
+    if any(stride is None or size is None for stride, size, _ in pairs):
+        return True
+    several = [(stride, size if fixed else max(size, 2)) for stride, size, fixed in pairs if size != 1 or not fixed]
+    reach = 0
+    for stride, size in sorted(several):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False

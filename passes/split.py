@@ -16,6 +16,7 @@ from torch import fx
 
 from dpcompile.errors import InvalidGraphError
 from dpcompile.held import HELD
+from dpcompile.inline import PHASE
 from dpcompile.ir import Input, InputKind, Output, OutputKind, Program, ancestors
 from dpcompile.memory import is_view
 
@@ -59,7 +60,7 @@ def split(program: Program) -> Split:
 
 
 def split_sums(program: Program) -> Split:
-    """Cut behind the norms: the backward is clip factors and clipped sums.
+    """Cut behind the norms: the backward is clip factors and clipped sums, with what these make of what they read.
 
     What it reads of the forward is read first by an op that no compiler fuses, so that none makes it a second time:
     of what norms were taken is what is summed, to the bit.
@@ -77,7 +78,8 @@ def split_sums(program: Program) -> Split:
         raise InvalidGraphError("split: the model's outputs depend on the weights of samples")
     behind = {norms, weight}
     for node in graph.nodes:
-        if node.op == "call_function" and not behind.isdisjoint(node.all_input_nodes):
+        in_sum = node.meta.get(PHASE) == "sum" or not behind.isdisjoint(node.all_input_nodes)
+        if node.op == "call_function" and in_sum:
             behind.add(node)
     results = [nodes[o.node] for o in made if o.node is not None]
     needed = ancestors(results)

@@ -100,6 +100,19 @@ def test_a_retained_graph_can_be_run_backward_again(dp_model: DPModule) -> None:
         torch.testing.assert_close(twice, 2 * one)
 
 
+def test_a_retained_graph_of_a_widening_layer_is_not_written_over() -> None:
+    """The smaller factor of a clipped sum is scaled in its place: here a result of the forward."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 64)), torch.randn(4, 5, 8)
+    dp_model = dpcompile(model, x, max_grad_norm=0.1, norm_method="ghost", validate="off")
+    loss = dp_model(x).square().mean((1, 2)).mean()
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    loss.backward()
+    for twice, one in zip(model.parameters(), once, strict=True):
+        torch.testing.assert_close(twice.grad, 2 * one)
+
+
 def test_two_forwards_before_their_two_backwards(dp_model: DPModule) -> None:
     (x1, y1), (x2, y2) = batch(seed=1), batch(3, seed=2)
     expected = [a + b for a, b in zip(step(dp_model, x1, y1), step(dp_model, x2, y2), strict=True)]

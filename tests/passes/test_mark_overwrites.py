@@ -74,7 +74,7 @@ def test_results_are_the_same_to_the_bit(
 
 
 def test_nothing_is_written_over_that_is_read_later_or_comes_from_outside() -> None:
-    """By every op in turn, of what its results and operands hold before it and behind the whole graph."""
+    """Inputs are as they were, results as those of the graph as it is, and nothing that is saved is an operand."""
     torch.manual_seed(0)
     model, x = Residual(), torch.randn(5, 7, 6)
     dp_model = dpcompile(model, x, max_grad_norm=0.1, validate="off", loss_reduction="sum")

@@ -15,6 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 from dpcompile import DPModule, dpcompile
 from dpcompile.emitted import Emitted
 from dpcompile.held import HELD
+from dpcompile.inline import PHASE
 from dpcompile.ir import InputKind, OutputKind, Program
 
 
@@ -130,3 +131,30 @@ def test_no_compiler_makes_again_what_is_summed() -> None:
     for op in (torch.ops.aten.gelu.default, torch.ops.aten.gelu_backward.default):
         assert forward.graph.find_nodes(op="call_function", target=op)
         assert not backward.graph.find_nodes(op="call_function", target=op)
+
+
+def test_what_sums_alone_make_is_made_behind_the_cut() -> None:
+    """Of a crowd of positions factors are widened for their sum: not all of them together, in front of it."""
+    torch.manual_seed(0)
+    model, x, y = (
+        nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(300, 3)),
+        torch.randn(4, 2, 12, 12),
+        torch.arange(4) % 3,
+    )
+    loss: dict[str, Any] = {"loss_fn": nn.functional.cross_entropy, "sample_targets": y}
+    emitted = dpcompile(model, x, max_grad_norm=0.1, norm_method="ghost", validate="off", **loss)._emitted
+    assert emitted.sums is not None
+    assert not [node for node in emitted.compiled.graph.nodes if node.meta.get(PHASE) == "sum"]
+    assert [node for node in emitted.sums.graph.nodes if node.meta.get(PHASE) == "sum"]
+    assert not emitted.sums.graph.find_nodes(op="call_function", target=torch.ops.aten.mul_.Tensor)
+
+
+@pytest.mark.parametrize("form", ["split", "fused"])
+def test_a_fixed_batch_leaves_no_size_to_any_graph(form: str) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3)), torch.randn(5, 6, 4), torch.randn(5, 6, 3)
+    loss: dict[str, Any] = {"loss_fn": nn.functional.mse_loss, "sample_targets": y} if form == "fused" else {}
+    emitted = dpcompile(model, x, dynamic=False, validate="off", **loss)._emitted
+    for program in (emitted.forward, emitted.backward, emitted.compiled, emitted.sums):
+        values = [] if program is None else [n.meta.get("val") for n in program.graph.nodes if n.op == "call_function"]
+        assert not [value for value in values if isinstance(value, torch.SymInt)]
