@@ -65,16 +65,18 @@ F along_sum(const Factors<F> &z, int64_t outer, int64_t kept) {
     const F shift = shift_of(z, position), scale = scale_of(z, position);
     for (int64_t start = 0; start < z.behind; start += 4 * W * RUN) {
       const int64_t end = std::min(z.behind, start + 4 * W * RUN);
-      Lanes<F> runs[4] = {};
       int64_t s = start;
-      for (; s + 4 * W <= end; s += 4 * W)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) runs[i] += (load(x + s + i * W) - shift) * scale * load(g + s + i * W);
-      for (; s + W <= end; s += W) runs[0] += (load(x + s) - shift) * scale * load(g + s);
-      const Lanes<F> sums = (runs[0] + runs[1]) + (runs[2] + runs[3]);
       F sum = 0;
+      if (end - s >= W) {
+        Lanes<F> runs[4] = {};
+        for (; s + 4 * W <= end; s += 4 * W)
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; i++) runs[i] += (load(x + s + i * W) - shift) * scale * load(g + s + i * W);
+        for (; s + W <= end; s += W) runs[0] += (load(x + s) - shift) * scale * load(g + s);
+        const Lanes<F> sums = (runs[0] + runs[1]) + (runs[2] + runs[3]);
+        for (int i = 0; i < W; i++) sum += sums[i];
+      }
       for (; s < end; s++) sum += (x[s] - shift) * scale * g[s];
-      for (int i = 0; i < W; i++) sum += sums[i];
       total += sum;
     }
   }
