@@ -198,7 +198,7 @@ class FusedFunction(torch.autograd.Function):
         if ctx.handle < 0:
             gradients = [torch.zeros_like(g) for g in gradients]
         elif not ctx.cut and (torch.compiler.is_compiling() or scale.device.type != "cpu" or scale.item() != 1.0):
-            gradients = [g * scale for g in gradients]
+            gradients = [g * scale for g in gradients]  # else scaled already, or by 1
         handed = [None if at is None else gradients[at] for at in ctx.emitted.gradients]
         if not torch.compiler.is_compiling():
             records.hand(ctx.handle, handed)

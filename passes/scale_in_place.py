@@ -56,7 +56,7 @@ def copied(program: Program) -> None:
 def fits(node: fx.Node, operand: fx.Node, made: set[str]) -> bool:
     """Whether a result has the type, shape and strides of an operand, whose numbers lie in places of their own.
 
-    `made`: by which ops its memory.
+    `made`: the names of the ops that make the operand's memory.
     """
     value, result = operand.meta["val"], node.meta["val"]
     if not isinstance(value, torch.Tensor) or not isinstance(result, torch.Tensor):

@@ -78,8 +78,8 @@ def split_sums(program: Program) -> Split:
         raise InvalidGraphError("split: the model's outputs depend on the weights of samples")
     behind = {norms, weight}
     for node in graph.nodes:
-        in_sum = node.meta.get(PHASE) == "sum" or not behind.isdisjoint(node.all_input_nodes)
-        if node.op == "call_function" and in_sum:
+        later = node.meta.get(PHASE) == "sum" or not behind.isdisjoint(node.all_input_nodes)
+        if node.op == "call_function" and later:
             behind.add(node)
     results = [nodes[o.node] for o in made if o.node is not None]
     needed = ancestors(results)
@@ -89,7 +89,7 @@ def split_sums(program: Program) -> Split:
     reads = {*_crossing(graph, early, late, {weight}), *early.intersection(results)}
     crossing = _with_lengths(program, [node for node in graph.nodes if node in reads])
     front = _extract(program, early, [i for i in program.inputs if i.kind is not InputKind.WEIGHT], own, crossing)
-    back_inputs = [*(Input(node.name, InputKind.CONSTANT, node.name) for node in crossing)]
+    back_inputs = [Input(node.name, InputKind.CONSTANT, node.name) for node in crossing]
     back_inputs += program.inputs_of(InputKind.WEIGHT)
     back = _extract(program, late | {node for node in needed if _is_size(node)}, back_inputs, made, [])
     _hold(back)
@@ -97,6 +97,7 @@ def split_sums(program: Program) -> Split:
 
 
 def _hold(program: Program) -> None:
+    """Read all that crosses beside the weights."""
     *crossing, weight = program.graph.find_nodes(op="placeholder")
     with program.graph.inserting_after(weight):
         held = program.graph.call_function(HELD, (weight, crossing))

@@ -119,18 +119,19 @@ def test_a_kernel_made_from_the_parameter() -> None:
     assert found.spaces == {"w": "pullback"}
 
 
+any_sizes = given(
+    data=st.data(),
+    n=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    depth=st.integers(1, 2),
+    out=st.sampled_from((1, 2, 9)),  # wider than the patches as well: then these are what is scaled
+)
 few = settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @few
-@given(
-    data=st.data(),
-    n=st.integers(1, 3),
-    groups=st.integers(1, 3),
-    depth=st.integers(1, 2),
-    out=st.sampled_from((1, 2, 9)),
-)
+@any_sizes
 def test_convolution_with_any_arguments(data: st.DataObject, n: int, groups: int, depth: int, out: int) -> None:
     """Each argument by dimension, padding as numbers or by name, every mode, up to depthwise."""
 
@@ -155,13 +156,7 @@ def test_convolution_with_any_arguments(data: st.DataObject, n: int, groups: int
 
 
 @few
-@given(
-    data=st.data(),
-    n=st.integers(1, 3),
-    groups=st.integers(1, 3),
-    depth=st.integers(1, 2),
-    out=st.sampled_from((1, 2, 9)),
-)
+@any_sizes
 def test_transposed_convolution_with_any_arguments(
     data: st.DataObject, n: int, groups: int, depth: int, out: int
 ) -> None:
