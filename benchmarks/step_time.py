@@ -57,11 +57,16 @@ Step = Callable[[], Tensor]
 
 
 def make_step(
-    workload: Workload, model: nn.Module, batch: tuple[Any, Tensor], method: str, autocast: bool = False
+    workload: Workload,
+    model: nn.Module,
+    batch: tuple[Any, Tensor],
+    method: str,
+    autocast: bool = False,
+    memory_budget: float | None = None,
 ) -> tuple[Step, float, nn.Module]:
     """A function that runs one step of `method`, the seconds dpcompile took, and the model with the gradients.
 
-    `autocast`: forward and loss under torch.autocast to bfloat16.
+    `autocast`: forward and loss under torch.autocast to bfloat16. `memory_budget`: in bytes, for dpcompile.
     """
     if method in PEERS:
         step, model = peer_step(workload, model, batch, method, MAX_GRAD_NORM)
@@ -73,10 +78,11 @@ def make_step(
     if form != "plain":
         from dpcompile import dpcompile  # late: plain training does not need it
 
-        fused: dict[str, Any] = {"loss_fn": workload.loss, "sample_targets": targets} if form == "fused" else {}
+        options: dict[str, Any] = {"loss_fn": workload.loss, "sample_targets": targets} if form == "fused" else {}
+        options |= {"max_grad_norm": MAX_GRAD_NORM, "memory_budget": memory_budget}
         started = time.perf_counter()
         with narrow:
-            trained = dpcompile(model, inputs, max_grad_norm=MAX_GRAD_NORM, **fused)
+            trained = dpcompile(model, inputs, **options)
         prepare_seconds = time.perf_counter() - started
 
     def loss_of(inputs: Any, targets: Tensor) -> Tensor:
@@ -221,12 +227,17 @@ def release(model: nn.Module) -> None:
 
 
 def measure_peak(
-    workload: Workload, method: str, device: torch.device, warm_up: int = WARM_UP_STEPS, autocast: bool = False
+    workload: Workload,
+    method: str,
+    device: torch.device,
+    warm_up: int = WARM_UP_STEPS,
+    autocast: bool = False,
+    memory_budget: float | None = None,
 ) -> dict[str, Any]:
     """Peak bytes of one step above the level between steps; without /proc, above the loaded model."""
     model, batch = load(workload, device)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    step, _, model = make_step(workload, model, batch, method, autocast)
+    step, _, model = make_step(workload, model, batch, method, autocast, memory_budget)
     for _ in range(warm_up):
         step()
     release(model)

@@ -57,7 +57,7 @@ from dpcompile.rounding import without_bounds
 from dpcompile.runtime import NONFINITE, DPModule
 from dpcompile.tuning import Tuner
 from dpcompile.units import bytes_of
-from dpcompile.validate import check_norms
+from dpcompile.validate import check_step
 from dpcompile.verify import verify
 
 VALIDATE = ("probe", "off")
@@ -169,7 +169,7 @@ def dpcompile(
     dp_model = DPModule(model, emitted, nonfinite)
     if validate == "probe":
         bare = partial(analysis.without_bounds, plan, clip, mean=loss_reduction == "mean")
-        dp_model.validated = check_norms(dp_model, sample_values(sample_input, sample_targets), loss_fn, bare)
+        dp_model.validated = check_step(dp_model, sample_values(sample_input, sample_targets), loss_fn, bare)
     if dynamic is False:
         validated, dp_model = dp_model.validated, DPModule(model, fix_batch(emitted), nonfinite)
         dp_model.validated = validated

@@ -21,11 +21,12 @@ FEWEST = 4
 """Steps that are worth a call."""
 
 
-def chained(module: fx.GraphModule) -> None:
-    """Put a call of a `Chain` in the place of each chain of a graph."""
+def chained(graph: fx.Graph) -> dict[str, Chain]:
+    """Put a call of a `Chain` in the place of each chain of a graph. The chains, by the names that are called."""
+    made: dict[str, Chain] = {}
     if native.library() is None:
-        return
-    nodes = list(module.graph.nodes)
+        return made
+    nodes = list(graph.nodes)
     writer, taken = Writer(), set[fx.Node]()
     for i, node in enumerate(nodes):
         if node in taken or writer.add(node):
@@ -33,10 +34,10 @@ def chained(module: fx.GraphModule) -> None:
         if any(source in writer.values for source in node.all_input_nodes) or _changes(node):
             if writer.values and not _changes(node):
                 _look_ahead(writer, [node for node in nodes[i:] if node not in taken])
-            taken.update(_put(module, writer, node))
+            taken.update(_put(graph, writer, node, made))
             writer = Writer()
             writer.add(node)
-    module.recompile()
+    return made
 
 
 def _look_ahead(writer: Writer, nodes: Sequence[fx.Node]) -> None:
@@ -58,9 +59,9 @@ def is_mutable(node: fx.Node) -> bool:
     return getattr(getattr(node.target, "_schema", None), "is_mutable", False)
 
 
-def _put(module: fx.GraphModule, writer: Writer, before: fx.Node) -> list[fx.Node]:
+def _put(graph: fx.Graph, writer: Writer, before: fx.Node, chains: dict[str, Chain]) -> list[fx.Node]:
     """A chain in the place of its ops, if it is worth a call. The ops."""
-    graph, nodes = module.graph, list(writer.values)
+    nodes = list(writer.values)
     wanted = [node for node in nodes if any(user not in writer.values for user in node.users)]
     inputs = {node: value for node, value in writer.inputs.items() if any(user in writer.values for user in node.users)}
     results = [value for node in wanted if isinstance(value := writer.values[node], Value)]
@@ -74,7 +75,7 @@ def _put(module: fx.GraphModule, writer: Writer, before: fx.Node) -> list[fx.Nod
     own.output([made[node] for node in wanted])
     read, write = [value.numbers for value in inputs.values()], [value.numbers for value in results]
     name = f"chain_{before.name}"
-    module.add_submodule(name, Chain(_steps(writer, inputs, results), read, write, fx.GraphModule({}, own)))
+    chains[name] = Chain(_steps(writer, inputs, results), read, write, fx.GraphModule({}, own))
     with graph.inserting_before(before):
         call = graph.call_module(name, tuple(inputs))
         for i, node in enumerate(wanted):

@@ -15,6 +15,7 @@ from torch import fx
 from dpcompile import records, settled
 from dpcompile.chaining import chained
 from dpcompile.overwriting import overwrite
+from dpcompile.torch_internals import take_one_list
 
 aten = torch.ops.aten
 
@@ -42,16 +43,17 @@ _FUNCTIONS: dict[Any, Any] = {
 """Of equal arguments."""
 
 
-def direct(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph, for eager calls."""
+def direct(module: fx.GraphModule, *, boxed: bool = False) -> fx.GraphModule:
+    """The same graph, for eager calls. `boxed`: its inputs are one list, which it empties."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     for node in graph.find_nodes(op="call_function", target=records.OP):
         node.replace_all_uses_with(node.args[0])  # norms are noted, and read as they are
-    made = fx.GraphModule(module, graph)
-    chained(made)
-    overwrite(made.graph)
-    for node in made.graph.nodes:
+    chains = chained(graph)
+    overwrite(graph)
+    for node in graph.nodes:
         node.target = _FUNCTIONS.get(node.target, node.target)
-    made.recompile()
-    return made
+    if boxed:
+        take_one_list(graph)
+    read = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+    return fx.GraphModule({**{name: getattr(module, name) for name in read}, **chains}, graph)

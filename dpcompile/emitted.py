@@ -16,7 +16,6 @@ from dpcompile.clipping import Clipping
 from dpcompile.direct import direct
 from dpcompile.ir import InputKind, Output, OutputKind, Program
 from dpcompile.plan import Plan
-from dpcompile.torch_internals import boxed
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Emitted:
             ),
             "shorter": {},
             "eager_forward": direct(self.forward.module).forward,
-            "boxed_backward": None if self.backward is None else boxed(direct(self.backward.module)),
+            "boxed_backward": None if self.backward is None else direct(self.backward.module, boxed=True).forward,
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -81,7 +80,7 @@ class Emitted:
         if missing not in self.shorter:
             assert self.backward is not None
             made = self.drop_tangents(self.backward, [str(i) for i in missing])
-            self.shorter[missing] = None if made is None else boxed(direct(made.module))
+            self.shorter[missing] = None if made is None else direct(made.module, boxed=True).forward
         return self.shorter[missing]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Emitted:

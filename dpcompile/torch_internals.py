@@ -370,12 +370,9 @@ def _batch_of(values: Sequence[Any]) -> tuple[int, int, int, int]:
     return i, dim, fold, hint
 
 
-def boxed(module: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
-    """The graph as a function of one list, which it empties: a caller's argument tuple would keep all alive."""
-    graph = torch.fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
+def take_one_list(graph: torch.fx.Graph) -> None:
+    """Make the inputs of a graph one list, which it empties: a caller's argument tuple would keep all alive."""
     graph.set_codegen(_BoxedCodeGen())
-    return torch.fx.GraphModule(module, graph).forward
 
 
 def without_memory() -> Callable[[torch.Tensor], torch.Tensor]:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,12 @@ BELOW = {torch.float64: 1e-6, torch.float32: 1e-3}
 """How far below the truth a norm may be, by what rounding does to two ways of computing it; other types: 5 %."""
 ABOVE = 0.05
 """How far above: certified norms over-estimate, by percents in long sequences."""
+APART, FLOOR = 0.05, 1e-4
+"""How far a parameter's clipped sum may be off, relative to its own size and to that of all: what rounding does to
+gradients where it moves a sample over the edge of a ReLU, and to those that are zero on paper."""
+NARROW = 5.0
+"""How many times that in types narrower than float32."""
+COMPARED = "norms and clipped sums of two samples"
 
 
 def nearby(values: Tensor, noise: Tensor) -> Tensor:
@@ -55,10 +62,13 @@ VANISHING, VANISHED = 1e-13, 100.0
 LossFn = Callable[..., Tensor] | None
 
 
-def check_norms(
+def check_step(
     dp_model: DPModule, leaves: Sequence[Any], loss_fn: LossFn, bare: Callable[[], Emitted] | None = None
 ) -> str:
-    """Compare norms of two samples like those of `leaves`. Returns what was compared, or why nothing could be.
+    """Compare a step of two samples like those of `leaves`. Returns what was compared, or why nothing could be.
+
+    Norms are compared with those of autograd's gradients, clipped sums with those gradients, scaled by the factors of
+    the norms that the graph found.
 
     Norms that are above for all data, and nowhere below, may be so by the bound on rounding where positions cancel:
     `bare` emits them without it, and they are compared again.
@@ -66,7 +76,7 @@ def check_norms(
     Gradients, buffers, attributes and flags of modules, norms and torch's generators are left as they were.
 
     Raises:
-        InvalidGraphError: norms disagree for all data that are tried; has what is needed to report it.
+        InvalidGraphError: they disagree for all data that are tried; has what is needed to report it.
     """
     call = dp_model._emitted.call
     if call.batch_size_of(list(leaves)) == 0:
@@ -77,45 +87,66 @@ def check_norms(
         for data in DATA:
             two = _two(call, leaves, data, generator)
             try:
-                found, truth, parts = _norms(dp_model, two, loss_fn, generator)
+                probe = _compare(dp_model, two, loss_fn, generator)
             except _Incomparable as reason:
                 return f"nothing: {reason}"
-            if _agree(dp_model, found, truth) or _is_rounding(dp_model, two, loss_fn, found, truth, parts):
-                return "norms of two samples"
-            above = bool((found >= truth).all())
-            mismatch = f"{found.tolist()} by the emitted graph, {truth.tolist()} by autograd on each sample alone"
+            if _agree(dp_model, probe):
+                if not probe.apart:
+                    return COMPARED
+                mismatch, above = f"the clipped sum of {probe.apart} is not that of autograd's gradients", False
+                continue
+            if _is_rounding(dp_model, two, loss_fn, probe):
+                return COMPARED
+            above = bool((probe.found >= probe.truth).all())
+            mismatch = (
+                f"per-sample norms are {probe.found.tolist()} by the emitted graph, {probe.truth.tolist()} by autograd "
+                "on each sample alone"
+            )
     if above and bare is not None:
-        return check_norms(DPModule(dp_model.module, bare()), leaves, loss_fn)
+        return check_step(DPModule(dp_model.module, bare()), leaves, loss_fn)
     raise InvalidGraphError(
-        f"validate: per-sample norms disagree: {mismatch}. This is a bug of dpcompile: please report it with the "
-        f"model, {_facts(dp_model)} "
+        f"validate: the emitted step and autograd disagree: {mismatch}. This is a bug of dpcompile: please report it "
+        f"with the model, {_facts(dp_model)} "
         "dpcompile(..., validate='off') compiles all the same; do not train privately with it."
     )
+
+
+_Parts = list[list[Tensor]]
+"""The gradients of each sample's outputs."""
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """One step of two samples, twice."""
+
+    found: Tensor  # [2] norms by the emitted graph
+    truth: Tensor  # [2] by autograd on one sample at a time
+    parts: _Parts  # the gradients that both started from
+    apart: str  # the first parameter whose clipped sum is another; empty where none is
 
 
 class _Incomparable(Exception):  # noqa: N818  (an answer, not an error)
     pass
 
 
-def _agree(dp_model: DPModule, found: Tensor, truth: Tensor, noise: float = 0.0) -> bool:
-    dtypes = [p.dtype for p in dp_model.parameters() if p.requires_grad]
-    below = max(BELOW.get(dtype, ABOVE) for dtype in dtypes)
-    least = 1e-6 * truth.max().clamp(min=1e-30) + noise
+def _agree(dp_model: DPModule, probe: _Probe) -> bool:
+    """Whether the norms are the same."""
+    found, truth = probe.found, probe.truth
+    below = max(BELOW.get(p.dtype, ABOVE) for p in dp_model.parameters() if p.requires_grad)
+    least = 1e-6 * truth.max().clamp(min=1e-30)
     return bool(((found >= truth * (1 - below) - least) & (found <= truth * (1 + ABOVE) + least + NOTHING)).all())
 
 
-def _is_rounding(
-    dp_model: DPModule, leaves: list[Any], loss_fn: LossFn, found: Tensor, truth: Tensor, parts: _Parts
-) -> bool:
+def _is_rounding(dp_model: DPModule, leaves: list[Any], loss_fn: LossFn, probe: _Probe) -> bool:
     """Whether the gradients are zero on paper, and what is found is what rounding can be where positions cancel.
 
     In float32 it cannot be seen that they are: a copy of the model in float64 tells.
     """
-    started = max(t.double().norm().item() for part in parts for t in part)
-    exact = _exact(dp_model, leaves, loss_fn, parts)
+    started = max(t.double().norm().item() for part in probe.parts for t in part)
+    exact = _exact(dp_model, leaves, loss_fn, probe.parts)
     narrowest = max(torch.finfo(p.dtype).eps for p in dp_model.parameters() if p.requires_grad)
-    vanish = (truth if exact is None else exact).max() <= VANISHING * started
-    return bool(vanish and (found <= VANISHED * narrowest**0.5 * started).all())
+    vanish = (probe.truth if exact is None else exact).max() <= VANISHING * started
+    return bool(vanish and (probe.found <= VANISHED * narrowest**0.5 * started).all())
 
 
 def _exact(dp_model: DPModule, leaves: list[Any], loss_fn: LossFn, parts: _Parts) -> Tensor | None:
@@ -125,7 +156,7 @@ def _exact(dp_model: DPModule, leaves: list[Any], loss_fn: LossFn, parts: _Parts
     model = copy.deepcopy(dp_model.module).double()
     wide = [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in leaves]
     try:
-        return _truth(dp_model, model, wide, loss_fn, parts)
+        return _norms(dp_model, _alone(dp_model, model, wide, loss_fn, parts))
     except (_Incomparable, RuntimeError):  # a model that names its types is not to be had in another
         return None
 
@@ -154,53 +185,93 @@ def _one(call: CallSpec, leaves: Sequence[Any], i: int) -> list[Any]:
     ]
 
 
-_Parts = list[list[Tensor]]
-"""The gradients of each sample's outputs."""
+_Gradients = list[list[Tensor]]
+"""Those of each sample's parameters, in their order."""
 
 
-def _norms(
-    dp_model: DPModule, leaves: list[Any], loss_fn: LossFn, generator: torch.Generator
-) -> tuple[Tensor, Tensor, _Parts]:
-    """[2] norms by the emitted graph, by autograd on one sample at a time, and the gradients that they started from."""
+def _compare(dp_model: DPModule, leaves: list[Any], loss_fn: LossFn, generator: torch.Generator) -> _Probe:
+    """A step of the emitted graph, and the same by autograd on one sample at a time."""
     call, model = dp_model._emitted.call, dp_model.module
     ones = [_one(call, leaves, i) for i in range(2)]
     if not _draws(dp_model):
-        own = []
+        buffers = list(model.buffers())
+        versions, own = [b._version for b in buffers], []
         for one in ones:
             with _buffers_put_back(model):
                 own.append(_plain(dp_model, model, one, loss_fn))
+        moved = versions != [b._version for b in buffers]
         with _buffers_put_back(model):
             whole = _private(dp_model, leaves)
             tangents = [_tangent(a, b, c, generator) for a, b, c in zip(whole, own[0], own[1], strict=True)]
-            found = _emitted_norms(dp_model, whole, tangents)
+            sums = _gradients(model, whole, tangents)
         parts = [[_part(t, o, i) for t, o in zip(tangents, own[i], strict=True)] for i in range(2)]
-        return found, _truth(dp_model, model, leaves, loss_fn, parts), parts
-    found, truth, parts = [], [], []
+        if moved:  # what autograd holds of the first time may be read no more
+            truths = _alone(dp_model, model, leaves, loss_fn, parts)
+        else:
+            truths = [_gradients(model, own[i], parts[i]) for i in range(2)]
+        return _Probe(_found(dp_model), _norms(dp_model, truths), parts, _apart(dp_model, sums, truths))
+    probes = []
     for i, one in enumerate(ones):  # alone, so that both draw the same random numbers
         torch.manual_seed(i)
         with _buffers_put_back(model):
             whole = _private(dp_model, one)
             fused = dp_model._emitted.backward is None  # its norms are those of the loss itself
             tangents = [torch.ones_like(o) if fused else torch.randn(o.shape, generator=generator).to(o) for o in whole]
-            found.append(_emitted_norms(dp_model, whole, tangents))
+            sums = _gradients(model, whole, tangents)
         torch.manual_seed(i)
         with _buffers_put_back(model):
             own = _plain(dp_model, model, one, loss_fn)
             if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(whole, own, strict=True)):
                 raise _Incomparable("the model draws random numbers in another order than the graph")
-            truth.append(_autograd_norm(model, own, tangents))
-        parts.append(tangents)
-    return torch.cat(found), torch.stack(truth) * _per_view(dp_model), parts
+            truths = [_gradients(model, own, tangents)]
+        apart = _apart(dp_model, sums, truths)
+        probes.append(_Probe(_found(dp_model), _norms(dp_model, truths), [tangents], apart))
+    first, second = probes
+    return _Probe(
+        torch.cat([first.found, second.found]),
+        torch.cat([first.truth, second.truth]),
+        [*first.parts, *second.parts],
+        first.apart or second.apart,
+    )
 
 
-def _truth(dp_model: DPModule, model: nn.Module, leaves: list[Any], loss_fn: LossFn, parts: _Parts) -> Tensor:
-    """[2] norms by autograd on one sample at a time, in the type of `model`."""
-    norms = []
+def _alone(dp_model: DPModule, model: nn.Module, leaves: list[Any], loss_fn: LossFn, parts: _Parts) -> _Gradients:
+    """Gradients by autograd on one sample at a time, in the type of `model`."""
+    found = []
     for i, part in enumerate(parts):
         with _buffers_put_back(model):
             own = _plain(dp_model, model, _one(dp_model._emitted.call, leaves, i), loss_fn)
-            norms.append(_autograd_norm(model, own, [t.to(o) for t, o in zip(part, own, strict=True)]))
-    return torch.stack(norms) * (2 if _mean_is_taken_back(dp_model) else 1) * _per_view(dp_model)
+            found.append(_gradients(model, own, [t.to(o) for t, o in zip(part, own, strict=True)]))
+    return found
+
+
+def _norms(dp_model: DPModule, truths: _Gradients) -> Tensor:
+    """[number of samples] norms of what the emitted graph calls a sample's gradient."""
+    norms = [torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gs]).norm() for gs in truths]
+    samples = len(truths) if _mean_is_taken_back(dp_model) else 1
+    return torch.stack(norms) * samples * _per_view(dp_model)
+
+
+def _apart(dp_model: DPModule, sums: list[Tensor], truths: _Gradients) -> str:
+    """The first parameter whose clipped sum is not that of `truths`, scaled by the factors of the recorded norms."""
+    emitted, clipping = dp_model._emitted, dp_model.clipping
+    scale = _per_view(dp_model) / (len(truths) if emitted.backward is None and emitted.mean else 1)
+    norms, bounds = dp_model.per_group_norms, dp_model.max_grad_norms
+    factors = {
+        name: (clipping.factor(norms[group.name].double(), norms[group.name].new_tensor(group_bound)) * scale).tolist()
+        for group, group_bound in zip(clipping.groups, bounds.values(), strict=True)
+        for name in group.parameters
+    }
+    names = [name for name, p in dp_model.module.named_parameters() if p.requires_grad]
+    errors, sizes = [], []
+    for name, total, *parts in zip(names, sums, *truths, strict=True):
+        scaled = [part * factor for part, factor in zip(parts, factors[name], strict=True)]
+        errors.append(torch.linalg.vector_norm(total - sum(scaled), dtype=torch.float64))
+        sizes.append(sum(torch.linalg.vector_norm(part, dtype=torch.float64) for part in scaled))
+    error, size = torch.stack(errors), torch.stack(sizes)
+    times = NARROW if any(torch.finfo(p.dtype).bits < 32 for p in dp_model.parameters() if p.requires_grad) else 1.0
+    off = error > times * (APART * size + FLOOR * size.norm()) + NOTHING
+    return next((name for name, is_off in zip(names, off.tolist(), strict=True) if is_off), "")
 
 
 def _draws(dp_model: DPModule) -> bool:
@@ -279,24 +350,19 @@ def _part(tangent: Tensor, one: Tensor, i: int) -> Tensor:
     return torch.zeros_like(one) if axis is None else tangent.narrow(axis, i * one.shape[axis], one.shape[axis])
 
 
-def _emitted_norms(dp_model: DPModule, results: list[Tensor], tangents: list[Tensor]) -> Tensor:
-    """[B] norms that a backward of the emitted graph records. No gradient is accumulated."""
-    _gradients(dp_model.module, results, tangents)
+def _found(dp_model: DPModule) -> Tensor:
+    """[B] norms that the last backward of the emitted graph has recorded."""
     return dp_model.per_sample_norms.double()
 
 
-def _autograd_norm(model: nn.Module, results: list[Tensor], tangents: list[Tensor]) -> Tensor:
-    found = _gradients(model, results, tangents)
-    return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in found if g is not None]).norm()
-
-
-def _gradients(model: nn.Module, results: list[Tensor], tangents: list[Tensor]) -> Sequence[Tensor | None]:
+def _gradients(model: nn.Module, results: list[Tensor], tangents: list[Tensor]) -> list[Tensor]:
+    """Those of the trainable parameters. None is accumulated."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     pairs = [(r, t) for r, t in zip(results, tangents, strict=True) if r.requires_grad]
     if not pairs:
         raise _Incomparable("no output depends on a trainable parameter")
     roots, grads = zip(*pairs, strict=True)
-    return torch.autograd.grad(roots, trainable, grads, allow_unused=True, materialize_grads=True)
+    return list(torch.autograd.grad(roots, trainable, grads, allow_unused=True, materialize_grads=True))
 
 
 @contextlib.contextmanager
@@ -327,7 +393,8 @@ def _buffers_put_back(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, value in before:
-                buffer.copy_(value)
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def _facts(dp_model: DPModule) -> str:

@@ -39,7 +39,6 @@ def fuse_products(draft: Draft, order: Order) -> Draft:
         if found is not None:
             node.target, node.args, node.kwargs = products.summed, found, {}
     program.graph.eliminate_dead_code()
-    program.module.recompile()
     return replace(draft, program=program)
 
 

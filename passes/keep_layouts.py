@@ -15,5 +15,4 @@ def keep_layouts(draft: Draft, _order: Order) -> Draft:
     """The program with `layouts.convolution` in place of `aten.convolution`."""
     for node in draft.program.graph.find_nodes(op="call_function", target=torch.ops.aten.convolution.default):
         node.target = layouts.convolution
-    draft.program.module.recompile()
     return replace(draft, program=draft.program)

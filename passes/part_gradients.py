@@ -34,6 +34,4 @@ def part_gradients(draft: Draft, _order: Order) -> Draft:
         outputs.append(output)
     nodes = program.nodes()
     graph.output_node().args = ([nodes[o.node] if o.node is not None else o.literal for o in outputs],)
-    graph.lint()
-    program.module.recompile()
     return replace(draft, program=replace(program, outputs=tuple(outputs)))

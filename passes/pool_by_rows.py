@@ -13,5 +13,4 @@ def pool_by_rows(draft: Draft, _order: Order) -> Draft:
     """The program with `pools.max_pool` in place of torch's op; the results are the same."""
     for node in draft.program.graph.find_nodes(op="call_function", target=pools.OP):
         node.target = pools.max_pool
-    draft.program.module.recompile()
     return replace(draft, program=draft.program)

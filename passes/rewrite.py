@@ -38,4 +38,5 @@ def rewrite(passes: Sequence[Rewrite], draft: Draft, order: Order) -> Draft:
     for step in passes:
         draft = step(draft, order)
         verify(draft.program, step.__name__.replace("_", "-"))
+    draft.program.module.recompile()  # once: writing the code of a graph takes as long as a pass
     return draft

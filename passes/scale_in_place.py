@@ -42,7 +42,6 @@ def scale_in_place(draft: Draft, _order: Order) -> Draft:
         dead = node.args[0] is first and all(last[root] == position[node] for root in roots)
         if dead and fits(node, first, {root[0] for root in roots}):
             node.target = aten.mul_.Tensor
-    program.module.recompile()
     return replace(draft, program=program)
 
 

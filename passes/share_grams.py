@@ -38,8 +38,6 @@ def shared(program: Program) -> None:
         norms = sorted((node for node in component if isinstance(node, fx.Node)), key=position.__getitem__)
         if len(norms) > 1:
             _join(graph, norms, position)
-    graph.lint()
-    program.module.recompile()
 
 
 def _join(graph: fx.Graph, norms: list[fx.Node], position: dict[fx.Node, int]) -> None:

@@ -44,7 +44,6 @@ def spare_masks(draft: Draft, _order: Order) -> Draft:
     for node in list(graph.find_nodes(op="call_function", target=aten.mm.default)):
         if not _mask_as_read(node):
             _leave_out(node)
-    draft.program.module.recompile()
     return replace(draft, program=draft.program)
 
 

@@ -185,7 +185,6 @@ def _extract(
         result = env[nodes[o.node]] if o.node is not None else o.literal
         results.append(_again(result) if isinstance(result, fx.Node) and result in results else result)
     graph.output(results + [env[node] for node in saved])
-    graph.lint()
     module = fx.GraphModule(program.module, graph)
     renamed = tuple(
         replace(o, node=result.name if isinstance(result, fx.Node) else None)

@@ -112,6 +112,12 @@ class Drawn:
         return node
 
 
+def with_chains(graph: fx.Graph) -> fx.GraphModule:
+    own = fx.Graph()
+    own.output(own.graph_copy(graph, {}))
+    return fx.GraphModule(dict(chained(own)), own)
+
+
 def chains_of(module: nn.Module) -> list[Chain]:
     return [part for part in module.modules() if isinstance(part, Chain)]
 
@@ -120,8 +126,7 @@ def chains_of(module: nn.Module) -> list[Chain]:
 @given(st.data())
 def test_results_are_those_of_the_ops(data: st.DataObject) -> None:
     drawn = Drawn(data.draw)
-    module = fx.GraphModule({}, drawn.graph)
-    chained(module)
+    module = with_chains(drawn.graph)
     for found, expected in zip(module(*drawn.inputs), drawn.values.values(), strict=True):
         assert found.dtype is expected.dtype
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
@@ -151,7 +156,7 @@ def test_what_is_written_over_is_read_before() -> None:
 
     module, x = simple(double)
     expected = module(x.clone())
-    chained(module)
+    module = with_chains(module.graph)
     assert torch.equal(module(x.clone()), expected)
     assert not chains_of(module)  # three steps before, three behind: too few
 
@@ -163,7 +168,7 @@ def test_what_is_written_over_elsewhere_does_not_count() -> None:
 
     module, x = simple(double)
     expected = module(x)
-    chained(module)
+    module = with_chains(module.graph)
     assert torch.equal(module(x), expected)
     assert len(chains_of(module)) == 1
 
@@ -183,7 +188,7 @@ def test_ops_run_by_themselves_on_other_tensors() -> None:
 
     module, x = simple()
     expected = module(x)
-    chained(module)
+    module = with_chains(module.graph)
     with Seen() as seen:
         assert torch.equal(module(x), expected)
         assert aten.mul.Tensor not in seen.ops
@@ -201,8 +206,7 @@ def test_a_tensor_of_another_size_is_refused() -> None:
         node = graph.call_function(aten.add.Tensor, (node, y))
         node.meta[NUMBERS] = Numbers((None,), torch.float32)
     graph.output(node)
-    module = fx.GraphModule({}, graph)
-    chained(module)
+    module = with_chains(graph)
     with pytest.raises(RuntimeError, match=r"\[5\] has not 1 numbers of 3 samples"):
         module(torch.ones(3), torch.ones(5))
 
@@ -211,7 +215,7 @@ def test_without_a_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(native, "library", lambda: None)
     module, x = simple()
     expected = module(x)
-    chained(module)
+    module = with_chains(module.graph)
     assert torch.equal(module(x), expected)
     assert not chains_of(module)
 

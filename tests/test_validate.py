@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from selection import every
 from torch import Tensor, nn
 
-from dpcompile import DPCompileError, dpcompile
+from dpcompile import DPCompileError, dpcompile, forms
 from dpcompile.errors import InvalidGraphError
 from dpcompile.forms import Outer
 from dpcompile.rules.sites.contraction import Contraction
@@ -20,7 +20,7 @@ from dpcompile.rules.sites.contraction import Contraction
 validate = importlib.import_module("dpcompile.validate")
 
 X = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0))
-COMPARED = "norms of two samples"
+COMPARED = validate.COMPARED
 
 
 class Counting(nn.Module):
@@ -82,8 +82,8 @@ def test_a_gradient_that_is_rounding_alone_is_compared_in_float64(monkeypatch: p
             return F.layer_norm(super().forward(x), (64,)).sum(-1)
 
     torch.manual_seed(0)
-    model, honest = Cancelling(5, 64), validate._emitted_norms
-    monkeypatch.setattr(validate, "_emitted_norms", lambda *given: 2 * honest(*given))
+    model, honest = Cancelling(5, 64), validate._found
+    monkeypatch.setattr(validate, "_found", lambda *given: 2 * honest(*given))
     assert dpcompile(model, X).validated == COMPARED
     with monkeypatch.context() as patch:
         patch.setattr(validate, "VANISHED", 0.0)
@@ -106,7 +106,7 @@ def test_norms_of_which_the_bound_on_rounding_is_most_are_compared_without_it() 
     dp_model = dpcompile(Cancelling(3, 4), ids, norm_method="ghost")
     assert dp_model.validated == COMPARED
     with pytest.raises(InvalidGraphError, match="disagree"):
-        validate.check_norms(dp_model, [ids], None)
+        validate.check_step(dp_model, [ids], None)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -165,9 +165,22 @@ def test_a_wrong_rule_is_found(factor: float, fused: bool, monkeypatch: pytest.M
     monkeypatch.setattr(Contraction, "form", wrong)
     model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
     options = {"loss_fn": mean_loss, "sample_targets": torch.randn(4, 6, 3)} if fused else {}
-    with pytest.raises(InvalidGraphError, match=r"(?s)norms disagree.*report it.*float32\[4, 6, 5\].*0.weight: "):
+    with pytest.raises(InvalidGraphError, match=r"(?s)per-sample norms are.*report it.*float32\[4, 6, 5\].*0.weight: "):
         dpcompile(model, X, **options)
     assert dpcompile(model, X, validate="off", **options).validated == "nothing: it was not asked for"
+
+
+@pytest.mark.parametrize("groups", ["flat", "per-layer"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_wrong_sum_of_right_norms_is_found(groups: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples that get each other's weight."""
+    right = forms._scaled
+    monkeypatch.setattr(forms, "_scaled", lambda factor, weight: right(factor, weight.flip(0)))
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    options = {"loss_fn": mean_loss, "sample_targets": torch.randn(4, 6, 3)} if fused else {}
+    options |= {"norm_method": "ghost", "clip_groups": groups, "max_grad_norm": 1e-3}
+    with pytest.raises(InvalidGraphError, match=r"(?s)disagree: the clipped sum of 0.weight is not.*report it"):
+        dpcompile(model, X, **options)
 
 
 def test_an_unknown_validation_is_refused() -> None:
