@@ -2,8 +2,8 @@
 
     python benchmarks/predictions.py mlp cnn resnet18 vgg19 vit gpt2 bert lstm --json predictions.json
 
-Rates of the device (what `dpcompile calibrate-device` measures) are measured before the steps and after them, since
-those of a shared machine change; predictions are the mean of both. Memory is measured in a fresh process, as
+Rates of the device (what `dpcompile calibrate-device` measures) are measured before the steps, among them and after
+them, since those of a shared machine change; predictions are the mean. Memory is measured in a fresh process, as
 step_time.py does, and predicted at the default budget.
 """
 
@@ -16,6 +16,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import argparse
 import json
+import math
 import statistics
 from collections import Counter
 from dataclasses import asdict
@@ -38,6 +39,9 @@ from workloads import WORKLOADS, Workload
 from dpcompile import dpcompile, steptime
 from dpcompile.calibration import calibrated
 
+PARTS = 3
+"""Of the steps, between which rates are measured."""
+
 
 def predictions(workload: Workload, args: argparse.Namespace) -> dict[str, Any]:
     model, (inputs, targets) = load(workload, args.device)
@@ -50,9 +54,11 @@ def predictions(workload: Workload, args: argparse.Namespace) -> dict[str, Any]:
         return loss
 
     seconds_per_step(step, 3, args.device)
-    specs = [calibrated(args.device)]
-    taken = statistics.median(seconds_per_step(step, 1, args.device) for _ in range(args.rounds))
-    specs.append(calibrated(args.device))
+    specs, seconds = [calibrated(args.device)], list[float]()
+    for _ in range(PARTS):
+        seconds += [seconds_per_step(step, 1, args.device) for _ in range(math.ceil(args.rounds / PARTS))]
+        specs.append(calibrated(args.device))
+    taken = statistics.median(seconds)
     ops: Counter[str] = Counter()
     for spec in specs:
         for node, seconds in steptime.times(dp_model._emitted.forward, spec, dp_model.plan.batch_size).items():

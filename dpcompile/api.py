@@ -218,6 +218,7 @@ class Analysis:
             budget=memory_budget,
             measured=measured,
             again=partial(self._seconds_again, schedule, device, size),
+            rest=partial(steptime.seconds, self.backward.program, device, size),
         )
         plan = with_again(plan, self._readers(self.backward), self.backward.program)
         sizes = (size.node.hint for size in self.program.lengths)

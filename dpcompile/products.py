@@ -15,6 +15,9 @@ import torch
 
 from dpcompile import native
 
+FEW = 4096
+"""Products below which torch's own ops are done before a call of ours has begun."""
+
 
 def summed(
     x: torch.Tensor,
@@ -28,7 +31,7 @@ def summed(
 
     Shift and scale, where there are any, have one number for each place of the first `lead(x.dim(), dims)` dimensions.
     """
-    if _native([t for t in (x, shift, scale, grad) if t is not None]):
+    if x.numel() >= FEW and _native([t for t in (x, shift, scale, grad) if t is not None]):
         sizes = [1 if dim in dims else size for dim, size in enumerate(x.shape) if keepdim or dim not in dims]
         return native.products(x, shift, scale, grad, _parts(x.shape, dims)).reshape(sizes)
     product = x if shift is None else x - shift

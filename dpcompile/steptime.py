@@ -5,6 +5,7 @@ A recurrence consists of several ops for each step, of which one is a product.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,8 @@ aten = torch.ops.aten
 
 _LAID_OUT = (aten.convolution.default, convolution, aten.convolution_backward.default)
 """Ops of oneDNN that bring images and weight into an order of their own, and the result back: as much traffic again."""
+_FEW = 3
+"""Positions whose products take as long as to load and store their sums."""
 _OURS = (*kernels.OPS, patches.OP, patches.SQUARES, patches.SUM)
 
 
@@ -54,10 +57,10 @@ def times(program: Program, device: DeviceSpec, batch_size: int) -> dict[fx.Node
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
         moved = sum(storages.size_of(tensor).at(batch_size) for tensor in tensors)
         elements = storages.size_of(tensors[0]).at(batch_size) / tensors[0].element_size()
-        flops = _number(flops_of(node), sizes)
+        laid_out = node.target in _LAID_OUT and device.s_per_fork > 0  # on a CPU
+        flops = _number(flops_of(node), sizes) * (_effort(node, sizes) if laid_out else 1.0)
         rate = _rate(node, device, sizes)
         shared = bool(flops) or elements >= FORK
-        laid_out = node.target in _LAID_OUT and device.s_per_fork > 0  # on a CPU
         slow = elements * _slow(device).get(node.target, 0.0)
         forks = shared * (steps_of(node) + 3 * laid_out)
         found[node] += forks * device.s_per_fork + flops / rate + max((1 + laid_out) * moved / device.bytes_per_s, slow)
@@ -72,6 +75,19 @@ def _rate(node: fx.Node, device: DeviceSpec, sizes: Mapping[sympy.Symbol, int]) 
         return device.kernel_flops_per_s
     sides = [_number(size_of(side), sizes) for side in sides_of(node)]
     return device.product_rate(min(sides)) if sides else device.flops_per_s
+
+
+def _effort(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> float:
+    """Times its flops that a convolution of oneDNN takes about: sums of few positions are mostly loads and stores, and
+    with strides it does not run through memory in order."""
+    backward = node.target is aten.convolution_backward.default
+    positions = (node.args[0].meta["val"] if backward else node.meta["val"]).shape[2:]  # type: ignore[union-attr]
+    weight = node.args[2 if backward else 1].meta["val"]  # type: ignore[union-attr]
+    stride = node.args[4 if backward else 3]
+    row = positions if all(size == 1 for size in weight.shape[2:]) else positions[-1:]
+    together = math.prod(_number(size_of(size), sizes) for size in row)
+    of_weight = backward and node.args[-1][1]  # type: ignore[index]
+    return (1 + (_FEW if of_weight else 1) / together) * (1 if all(step == 1 for step in stride) else 2)  # type: ignore[union-attr]
 
 
 def _number(count: Any, sizes: Mapping[sympy.Symbol, int]) -> float:

@@ -5,6 +5,7 @@
 namespace {
 
 constexpr int64_t RUN = 64;  // terms that one number takes up before it is added to the others
+constexpr int64_t ALONE = 32768;  // terms up to which one thread is done before another has woken up
 
 // Products x g, or (x - shift) scale g with a shift and a scale for every pair of an outer index and a position, either
 // of which may be left out: of tensors [outer, before, kept, behind] summed over before and behind.
@@ -83,8 +84,41 @@ F along_sum(const Factors<F> &z, int64_t outer, int64_t kept) {
   return total;
 }
 
+// N numbers that are added up lie in a row: columns [from, to) of out[kept], several rows at a time.
+template <int N, typename F>
+void along_short(const Factors<F> &z, int64_t outer, int64_t from, int64_t to, F *out) {
+  std::fill_n(out + from, to - from, F(0));
+  for (int64_t position = outer * z.before; position < (outer + 1) * z.before; position++) {
+    const F shift = shift_of(z, position), scale = scale_of(z, position);
+    const F *x = z.x + position * z.kept * N, *g = z.g + position * z.kept * N;
+#pragma GCC ivdep
+    for (int64_t k = from; k < to; k++) {
+      F sum = 0;
+#pragma GCC unroll 16
+      for (int n = 0; n < N; n++) sum += (x[k * N + n] - shift) * scale * g[k * N + n];
+      out[k] += sum;
+    }
+  }
+}
+
+// Columns [from, to) of out[kept].
 template <typename F>
-void products(const Factors<F> &z, int threads, F *out) {
+void along_rows(const Factors<F> &z, int64_t outer, int64_t from, int64_t to, F *out) {
+  switch (z.behind) {
+    case 2: return along_short<2>(z, outer, from, to, out);
+    case 4: return along_short<4>(z, outer, from, to, out);
+    case 8: return along_short<8>(z, outer, from, to, out);
+    case 9: return along_short<9>(z, outer, from, to, out);
+    case 16: return along_short<16>(z, outer, from, to, out);
+    default:
+      for (int64_t kept = from; kept < to; kept++) out[kept] = along_sum(z, outer, kept);
+  }
+}
+
+template <typename F>
+void products(Factors<F> z, int threads, F *out) {
+  if (z.before == 1 && !z.shift && !z.scale) z.kept *= z.outer, z.outer = 1;
+  if (z.outer * z.before * z.kept * z.behind <= ALONE) threads = 1;
   const int64_t least = z.behind > 1 ? 1 : 4 * WIDTH<F>;  // columns that are worth a task
   const int64_t parts = std::min(panels_of(4 * threads, z.outer), panels_of(z.kept, least));
   const int64_t size = panels_of(z.kept, parts);
@@ -99,7 +133,7 @@ void products(const Factors<F> &z, int threads, F *out) {
       if (z.behind == 1 && from < to)
         along_kept(z, outer, from, to, run.get(), own);
       else
-        for (int64_t kept = from; kept < to; kept++) own[kept] = along_sum(z, outer, kept);
+        along_rows(z, outer, from, to, own);
     }
   }
 }

@@ -32,6 +32,7 @@ def choose_norms(
     budget: float | None = None,
     measured: Times | None = None,
     again: Callable[[], Sequence[float]] = tuple,
+    rest: Callable[[], float] = float,
 ) -> Plan:
     """The plan. Policies:
 
@@ -40,7 +41,7 @@ def choose_norms(
     - "ghost", "explicit": that one wherever it exists.
 
     `budget` is in bytes, or a factor of plain training's peak if below 100; None: see `LOOSE`. `again` tells the
-    seconds of every segment of the schedule, if it is computed again.
+    seconds of every segment of the schedule, if it is computed again, `rest` those of a step without norms and sums.
 
     Raises:
         DPCompileError: no plan fits a budget that was asked for; says what would.
@@ -70,7 +71,7 @@ def choose_norms(
             else {choices[group.name].method: 0.0}
             for group in costs.groups
         }
-        choices, memory, segments = _within(schedule, choices, among, again, policy, batch_size, budget)
+        choices, memory, segments = _within(schedule, choices, among, again, rest, policy, batch_size, budget)
         segments = [name for i in segments for _, name in schedule.segments[i].ops]
     return Plan(
         policy,
@@ -91,6 +92,8 @@ LOOSE, UNSEEN = 1.1, 0.04
 compiler holds for longer). Where no plan fits, the least that one needs, with `SPARE` on top; and never less than
 `SMALL` bytes."""
 SPARE, SMALL = 1.02, 16e6
+DEAR = 0.05
+"""Of a step: more than that is not given for the default budget of the graph under a compiler, which is an estimate."""
 FACTOR_BELOW = 100.0
 
 
@@ -99,6 +102,7 @@ def _within(
     choices: Mapping[str, Choice],
     times: Times,
     again: Callable[[], Sequence[float]],
+    rest: Callable[[], float],
     policy: str,
     batch_size: int,
     budget: float | None,
@@ -117,8 +121,13 @@ def _within(
         return dict(choices), Memory(plain, peak, asked if policy == "auto" else math.inf), ()
     seconds = again()
     found = schedule.fit(times, batch_size, asked, seconds, compiled)
-    if not found.methods and compiled < math.inf:
-        found = schedule.fit(times, batch_size, asked, seconds)
+    if compiled < math.inf:
+        fastest = _seconds(Fitted(methods, peak), times, seconds)
+        price, bearable = _seconds(found, times, seconds), DEAR * (fastest + rest())
+        if not found.methods or price > fastest + bearable:
+            alone = schedule.fit(times, batch_size, asked, seconds)
+            if not found.methods or price > _seconds(alone, times, seconds) + bearable:
+                found = alone
     if not found.methods:
         least = schedule.least(times, batch_size, again=True)
         if budget is not None:
@@ -132,6 +141,10 @@ def _within(
         found = schedule.fit(times, batch_size, asked, seconds)
         found = found if found.methods else least
     return _fitted(found, choices, times), Memory(plain, found.peak, asked, found.proven), found.again
+
+
+def _seconds(found: Fitted, times: Times, again: Sequence[float]) -> float:
+    return sum(times[name][method] for name, method in found.methods.items()) + sum(again[i] for i in found.again)
 
 
 def _fitted(found: Fitted, choices: Mapping[str, Choice], times: Times) -> dict[str, Choice]:

@@ -6,6 +6,7 @@ import functools
 import importlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -196,6 +197,19 @@ def test_the_default_leaves_room_for_what_no_graph_shows(monkeypatch: pytest.Mon
     asked = dpcompile(model, sample, memory_budget=1.1).plan.memory
     assert asked is not None
     assert asked.budget == pytest.approx(1.1 * asked.plain)
+
+
+def test_an_estimate_is_not_paid_for_with_much_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients that are kept go over the default budget of the graph under a compiler, by its estimate; streamed ones
+    are formed twice."""
+    layers = [layer for i in (3, 32) for layer in (nn.Conv2d(i, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 2))
+    analysis = prove(model, torch.randn(128, 3, 16, 16)).conclude()
+    alone, default = analysis.plan(device=CPU, memory_budget=1.06), analysis.plan(device=CPU)
+    assert default.choices == alone.choices
+    monkeypatch.setattr(choose_norms, "DEAR", math.inf)
+    assert analysis.plan(device=CPU).choices["3.weight"].method is Method.STREAMED
+    assert alone.choices["3.weight"].method.keeps
 
 
 def test_a_budget_is_kept_and_the_gradients_are_the_same() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from torch import nn
 from dpcompile import dpcompile, native, products
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(
-    shape=st.lists(st.sampled_from([0, 1, 2, 5, 17, 70, 130]), min_size=1, max_size=4),
+    shape=st.lists(st.sampled_from([0, 1, 2, 4, 5, 8, 9, 16, 17, 70, 130]), min_size=1, max_size=4),
     dims=st.sets(st.integers(0, 3), min_size=1),
     with_shift=st.booleans(),
     with_scale=st.booleans(),
@@ -44,7 +45,8 @@ def test_a_sum_is_that_of_the_products(
     given = [None if t is None else t.to(dtype) for t in (x, shift, scale, grad)]
     if not beside:  # in another layout: by the ops of torch
         given[0] = given[0].mT.contiguous().mT if len(shape) > 1 else given[0]  # type: ignore[union-attr]
-    found = products.summed(*given, summed, keepdim)  # type: ignore[arg-type]
+    with patch.object(products, "FEW", 0):
+        found = products.summed(*given, summed, keepdim)  # type: ignore[arg-type]
     assert found.dtype is dtype
     close = {"rtol": 1e-4, "atol": 1e-3} if dtype is torch.float32 else {"rtol": 1e-12, "atol": 1e-11}
     torch.testing.assert_close(found.double(), truth, **close)
