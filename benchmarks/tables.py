@@ -1,4 +1,4 @@
-"""Results of step_time.py and predictions.py as the Markdown tables of docs/speed.md.
+"""Results of step_time.py, predictions.py and least_memory.py as the Markdown tables of docs/speed.md.
 
 python benchmarks/tables.py benchmarks/results/cpu/*.json
 """
@@ -19,14 +19,18 @@ MODES = ("eager", "compiled")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
-    models = models_of([json.loads(path.read_text()) for path in parser.parse_args().files])
+    reports = [json.loads(path.read_text()) for path in parser.parse_args().files]
+    models = models_of(reports)
     steps = {name: model["methods"] for name, model in models.items() if "methods" in model and "bfloat16" not in name}
     predicted = {name: model for name, model in models.items() if "seconds" in model}
     if steps:
         print("\n".join(step_table(steps)) + "\n")
         print("\n".join(memory_table(steps)) + "\n")
     if predicted:
-        print("\n".join(prediction_table(predicted)))
+        print("\n".join(prediction_table(predicted)) + "\n")
+    least = {name: own for report in reports for name, own in report.get("least_memory", {}).items()}
+    if least:
+        print("\n".join(least_table(least)))
 
 
 def models_of(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -85,6 +89,18 @@ def prediction_table(models: dict[str, Any]) -> list[str]:
         for what, unit in (("seconds", 1e3), ("peak_bytes", 1e-6)):
             predicted, measured = own[what]["predicted"], own[what]["measured"]
             cells += [f"{predicted * unit:.1f}", f"{measured * unit:.1f}", f"{predicted / measured:.2f}"]
+        lines.append(row(cells))
+    return lines
+
+
+def least_table(models: dict[str, Any]) -> list[str]:
+    """What a plan needs at least in MB, and what its step takes."""
+    lines = header(["MB", "plain", *(f"{form}, {what}" for form in FORMS for what in ("least", "measured"))])
+    for name, own in models.items():
+        cells = [name, f"{own['plain-eager']['peak_bytes'] / 1e6:.1f}"]
+        for form in FORMS:
+            least, peak = (own[f"{form}-eager"][key] for key in ("least_bytes", "peak_bytes"))
+            cells += [f"{least / 1e6:.1f}", f"{peak / 1e6:.1f} ({peak / least:.2f})"]
         lines.append(row(cells))
     return lines
 

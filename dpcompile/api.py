@@ -130,19 +130,20 @@ def dpcompile(
             `nonfinite_samples` ("zero", which keeps the sensitivity), or stops the backward ("raise").
         memory_budget: most bytes that a step may need at its peak, above what is there between steps, as the plan
             predicts it: a factor of plain training's peak if below 100, else bytes, or a text such as "24GB". The
-            fastest norm methods within it are chosen. None: 1.1, eager and compiled, of which 0.04 are left to what no
-            graph shows, as workspace of kernels; or what the least plan needs if that is more.
+            fastest norm methods within it are chosen. None: 1.1, of which 0.04 are left to what no graph shows, as
+            workspace of kernels; or what the least plan needs if that is more. It holds of an estimate of the compiled
+            step too, unless that takes more than 5 % of an eager step's time.
         tune: time the norm methods that are near the best by the cost model, each at the site's own sizes and on the
             model's device, and choose by that. Times are kept on disk (dpcompile/tuning.py) and used again.
         validate: "probe" runs the emitted graph on two samples like the first of `sample_input` and compares their
-            norms with autograd on each alone; "off" does not.
+            norms, and their clipped sum parameter by parameter, with autograd on each alone; "off" does not.
 
     Raises:
         BatchMixingError: samples influence each other; every place is named.
         NoRuleError: an op is not known to be per-sample.
         CaptureError: torch.export cannot capture the model, or the sample does not fit it.
         DPCompileError: no plan fits the memory budget; says what would.
-        InvalidGraphError: the probe found norms that disagree; a bug of dpcompile.
+        InvalidGraphError: the probe found norms or sums that disagree; a bug of dpcompile.
         ValueError: an argument out of its range.
     """
     _check_arguments(model, max_grad_norm, norm_method, loss_reduction, loss_fn, sample_targets, views)
