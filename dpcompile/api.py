@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpcompile import steptime
+from dpcompile import collector, steptime
 from dpcompile.budget import Schedule
 from dpcompile.calls import CallSpec, bind_sample, sample_values
 from dpcompile.clipping import Clipping, clipping_of
@@ -260,6 +260,7 @@ class Analysis:
         readers = [GroupReader(group, self.program, self.tracked, backward) for group in self.uses.groups]
         return [reader for reader in readers if reader.sites]
 
+    @collector.paused()
     def emit(self, plan: Plan, clipping: Clipping | None = None, *, mean: bool = True) -> Emitted:
         """The emitted graphs: norms, clip factors and clipped sums written behind the traced backward."""
         clipping = clipping or clipping_of(self.trainable, 1.0)
@@ -314,6 +315,7 @@ class Proof:
     loss_reduction: str
     trainable: tuple[str, ...]
 
+    @collector.paused()
     def conclude(self) -> Analysis:
         """Uses and backward of a model whose samples stay apart.
 
@@ -333,6 +335,7 @@ class Proof:
         return Analysis(self.call, self.captured, program, tracked, uses, backward, self.fused, self.trainable)
 
 
+@collector.paused()
 def prove(
     model: nn.Module,
     sample_input: Any,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import pickle
@@ -560,3 +561,17 @@ def test_torch_compile_gives_the_gradients_of_the_eager_module(model: type[nn.Mo
         sum(((k + 1) * out).square().sum() for k, out in enumerate(outputs)).backward()
         found.append([p.grad for p in module.parameters()] + [dp_model.per_sample_norms])
     torch.testing.assert_close(*found)
+
+
+def test_the_collector_of_cycles_runs_again_behind_a_compilation() -> None:
+    dpcompile(nn.Linear(3, 2), torch.randn(2, 3))
+    assert gc.isenabled()
+    with pytest.raises(DPCompileError):
+        dpcompile(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), torch.randn(2, 3))
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        dpcompile(nn.Linear(3, 2), torch.randn(2, 3))
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
