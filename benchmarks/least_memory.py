@@ -15,14 +15,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
-from step_time import describe_run, load, measure_peak, open_console
+from step_time import describe_run, load, measure_peak_in_fresh_process, open_console
+from tables import least_table
 from workloads import WORKLOADS
 
 from dpcompile.api import prove
@@ -42,45 +40,23 @@ def least_of(name: str, method: str, device: torch.device) -> float:
     return memory.least
 
 
-def trial(name: str, method: str, device: torch.device) -> dict[str, Any]:
-    """In a process of its own: the peak of a step, and for what it was planned."""
-    least = None if method == "plain-eager" else least_of(name, method, device)
-    return {"least_bytes": least} | measure_peak(WORKLOADS[name], method, device, memory_budget=least)
-
-
-def in_fresh_process(name: str, method: str, args: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, __file__, name, "--trial", method, "--device", str(args.device)]
-    # A block goes back to the system when freed, so that what is resident is what is held and not what was.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "8192"}
-    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", choices=WORKLOADS, metavar="MODEL", help=", ".join(WORKLOADS))
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--trial", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.trial:
-        print(json.dumps(trial(args.models[0], args.trial, args.device)))
-        return
     report: dict[str, Any] = describe_run(args.device) | {"least_memory": {}}
-    console = open_console(report)
-    table = Table(
-        "model", "plain MB", *(f"{form} {what}" for form in ("split", "fused") for what in ("least", "measured"))
-    )
+    open_console(report)
     for name in args.models:
-        found = report["least_memory"][name] = {method: in_fresh_process(name, method, args) for method in METHODS}
-        cells = [name, f"{found['plain-eager']['peak_bytes'] / 1e6:.1f}"]
-        for method in METHODS[1:]:
-            peak, least = found[method]["peak_bytes"], found[method]["least_bytes"]
-            cells += [f"{least / 1e6:.1f}", f"{peak / 1e6:.1f} ({peak / least:.2f})"]
-        table.add_row(*cells)
+        found = report["least_memory"][name] = {}
+        for method in METHODS:
+            least = None if method == "plain-eager" else least_of(name, method, args.device)
+            found[method] = {"least_bytes": least} | measure_peak_in_fresh_process(name, method, args, least)
         if args.json:
             args.json.write_text(json.dumps(report, indent=1) + "\n")
-    console.print(table)
+    print("\n".join(least_table(report["least_memory"])))
 
 
 if __name__ == "__main__":

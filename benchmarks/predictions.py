@@ -54,18 +54,17 @@ def predictions(workload: Workload, args: argparse.Namespace) -> dict[str, Any]:
         return loss
 
     seconds_per_step(step, 3, args.device)
-    specs, seconds = [calibrated(args.device)], list[float]()
+    specs, taken = [calibrated(args.device)], list[float]()
     for _ in range(PARTS):
-        seconds += [seconds_per_step(step, 1, args.device) for _ in range(math.ceil(args.rounds / PARTS))]
+        taken += [seconds_per_step(step, 1, args.device) for _ in range(math.ceil(args.rounds / PARTS))]
         specs.append(calibrated(args.device))
-    taken = statistics.median(seconds)
     ops: Counter[str] = Counter()
     for spec in specs:
         for node, seconds in steptime.times(dp_model._emitted.forward, spec, dp_model.plan.batch_size).items():
             ops[str(node.target)] += seconds / len(specs)
     memory = dp_model.plan.memory
     return {
-        "seconds": {"predicted": ops.total(), "measured": taken},
+        "seconds": {"predicted": ops.total(), "measured": statistics.median(taken)},
         "peak_bytes": {
             "predicted": None if memory is None else memory.peak,
             "measured": measure_peak_in_fresh_process(workload.name, "fused-eager", args)["peak_bytes"],

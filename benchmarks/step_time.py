@@ -258,9 +258,13 @@ def measure_peak(
     return {"peak_bytes": peak - loaded, "peak_above": "loaded model"}
 
 
-def measure_peak_in_fresh_process(name: str, method: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure_peak_in_fresh_process(
+    name: str, method: str, args: argparse.Namespace, memory_budget: float | None = None
+) -> dict[str, Any]:
     command = [sys.executable, __file__, name, "--peak-of", method, "--device", str(args.device)]
     command += ["--autocast"] * getattr(args, "autocast", False)
+    if memory_budget is not None:
+        command += ["--memory-budget", str(memory_budget)]
     if args.threads:
         command += ["--threads", str(args.threads)]
     # A block goes back to the system when freed, so that what is resident is what is held and not what was.
@@ -376,6 +380,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number with hardware and versions")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots (page.py)")
     parser.add_argument("--peak-of", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-budget", type=float, help=argparse.SUPPRESS)  # bytes, of --peak-of
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
@@ -390,7 +395,8 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     if args.peak_of:
-        print(json.dumps(measure_peak(WORKLOADS[args.models[0]], args.peak_of, device, autocast=args.autocast)))
+        options = {"autocast": args.autocast, "memory_budget": args.memory_budget}
+        print(json.dumps(measure_peak(WORKLOADS[args.models[0]], args.peak_of, device, **options)))
         return
 
     keep_freed_memory()
