@@ -132,8 +132,8 @@ def dpcompile(
             predicts it: a factor of plain training's peak if below 100, else bytes, or a text such as "24GB". The
             fastest norm methods within it are chosen. None: 1.1, of which 0.04 are left to what no graph shows, as
             workspace of kernels; or what the least plan needs if that is more. It holds of an estimate of the compiled
-            step too, unless that takes more than 5 % of an eager step's time. Without `loss_fn` what the loss itself
-            needs is not in it: the loss lies outside of the graph.
+            step too, unless that takes more than 5 % of an eager step's time. Without `loss_fn` the loss lies outside
+            of the graph: what cross-entropy would need is counted.
         tune: time the norm methods that are near the best by the cost model, each at the site's own sizes and on the
             model's device, and choose by that. Times are kept on disk (dpcompile/tuning.py) and used again.
         validate: "probe" runs the emitted graph on two samples like the first of `sample_input` and compares their

@@ -11,7 +11,7 @@ from torch import fx
 
 from dpcompile.budget import Schedule, Segment, Use
 from dpcompile.clipping import Clipping
-from dpcompile.ir import Backward, OutputKind, Program, ancestors
+from dpcompile.ir import Backward, InputKind, OutputKind, Program, ancestors
 from dpcompile.memory import Bytes, Life, Root, Storages, Timeline, lives_of
 from dpcompile.passes.combine import GroupReader
 from dpcompile.passes.compute_again import backward_of, may_run_twice
@@ -37,6 +37,7 @@ def follow_memory(
     lives = lives_of(storages, order, {node.name: i for node, i in position.items()})
     for root in {root for node in results for root in storages.of(node)}:
         lives[root] = Life(lives[root].size, lives[root].birth, len(order) - 1)
+    loss = _loss_outside(program, lives)
     targets = {i.node: i.target for i in program.inputs}
     uses = []
     for reader, cost in zip(readers, costs.groups, strict=True):
@@ -61,8 +62,19 @@ def follow_memory(
     read_by_uses = frozenset().union(*(use.reads for use in uses), *(own for use in uses for _, own in use.plain))
     clip_groups = {use.clip_group for use in uses}
     segments = _segments(program, order, storages, lives, read) if len(clip_groups) == 1 else ()
-    fusible = _fusible(order, storages) - read_by_uses
-    return Schedule(len(order), lives, tuple(uses), costs.itemsize, segments, fusible)
+    fusible = _fusible(order, storages) - read_by_uses | loss.keys()
+    return Schedule(len(order), lives | loss, tuple(uses), costs.itemsize, segments, fusible)
+
+
+def _loss_outside(program: Program, lives: Mapping[Root, Life]) -> dict[Root, Life]:
+    """What a loss outside of the graph holds as it hands back the gradient of an output, beside that and the output.
+
+    As much again: of cross-entropy there are log-probabilities, their gradient and that of the logits, whose own memory
+    is free by then unless the caller holds it.
+    """
+    tangents = {i.node for i in program.inputs_of(InputKind.TANGENT)}
+    given = {(name, result): life for (name, result), life in lives.items() if name in tangents}
+    return {(name, result + 1): Life(life.size, life.birth, life.birth) for (name, result), life in given.items()}
 
 
 _LOOPS = {

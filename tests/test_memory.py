@@ -147,6 +147,23 @@ def test_the_memory_of_plain_training_is_what_is_counted(build: Callable[[], tup
     assert analysis.schedule().plain().peak(BATCH) == pytest.approx(peak_of(step), rel=0.1)
 
 
+def test_a_loss_outside_of_the_graph_is_counted() -> None:
+    vocabulary = 2000
+    model = nn.Sequential(nn.Embedding(vocabulary, 16), nn.Linear(16, vocabulary, bias=False))
+    ids = torch.randint(vocabulary, (BATCH, 24))
+    dp_model = dpcompile(model, ids)
+
+    def step_of(forward: nn.Module) -> Callable[[], None]:
+        return lambda: F.cross_entropy(forward(ids).transpose(1, 2), ids).backward()
+
+    memory = dp_model.plan.memory
+    assert memory is not None
+    for forward, predicted in ((model, memory.plain), (dp_model, memory.peak)):
+        step_of(forward)()
+        model.zero_grad(set_to_none=True)
+        assert predicted == pytest.approx(peak_of(step_of(forward)), rel=0.05)
+
+
 @pytest.mark.parametrize("clip_groups", ["flat", "per-layer"])
 @pytest.mark.parametrize("build", [perceptron, images])
 def test_no_plan_within_the_budget_is_faster(build: Callable[[], tuple[nn.Module, Tensor]], clip_groups: str) -> None:
