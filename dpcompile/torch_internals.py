@@ -22,6 +22,10 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 from torch.backends import opt_einsum
+from torch.export.exported_program import (  # how run_decompositions keeps composed ops whole
+    _override_composite_implicit_decomp,
+    _split_decomp_table_to_cia_and_python_decomp,
+)
 from torch.fx.experimental import _config as fx_config
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -158,7 +162,7 @@ def trace(
             fn = _trace_vmapped(fn, values)
         with mode:
             module = make_fx(fn, decomposition_table=table, tracing_mode="real")(*values)
-            if any(_mutates(node) for node in module.graph.nodes):
+            if any(mutates(node) for node in module.graph.nodes):
                 # some ops (circular padding) are copies into an empty tensor: a second trace makes them pure, and
                 # gives results other strides, for which a view need not exist
                 _reshape_views(module)
@@ -169,6 +173,16 @@ def trace(
             "or of an op with one, fixes them. Compute it with views, pointwise ops and products, or fix the length."
         )
     return module
+
+
+def trace_by(table: Mapping[Any, Callable[..., Any]], fn: Callable[..., Any], *values: Any) -> torch.fx.GraphModule:
+    """The graph of `fn` on fake values in the ops that `run_decompositions(table)` leaves: composed ones stay whole."""
+    basic: dict[Any, Callable[..., Any]]
+    composed, basic = _split_decomp_table_to_cia_and_python_decomp(dict(table))
+    mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+    kept_whole = _override_composite_implicit_decomp(composed)
+    with mode, kept_whole, torch.no_grad(), enable_python_dispatcher():  # autocast's casts are ops of the model
+        return make_fx(fn, decomposition_table=basic, tracing_mode="real")(*values)
 
 
 def _reshape_views(module: torch.fx.GraphModule) -> None:
@@ -212,7 +226,7 @@ def fake_value(node: torch.fx.Node) -> Any:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _mutates(node: torch.fx.Node) -> bool:
+def mutates(node: torch.fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
 

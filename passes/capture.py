@@ -19,6 +19,7 @@ from dpcompile.attributes import ModuleRecord, attribute_reads
 from dpcompile.calls import CallSpec, LeafSpec, in_program
 from dpcompile.cells import CELLS, LAYERS
 from dpcompile.choices import choice_by_data, line_of, user_frames
+from dpcompile.decomposed import decomposed
 from dpcompile.errors import CaptureError, DPCompileError, Finding, refusal
 from dpcompile.ir import Input, InputKind, Output, OutputKind, Program
 from dpcompile.lengths import CURE, FREE, Length, asked_range
@@ -118,7 +119,7 @@ def capture(
             _keep_no_grad_regions(exported.graph_module)
             _inline_empty_literals(exported.graph_module)
             lines = _lines_of_regions(exported.graph_module)
-            exported = _written_out(exported.run_decompositions({**LAYERS, **CELLS}))
+            exported = _written_out(decomposed(exported, {**LAYERS, **CELLS}))
             _restore_lines(exported.graph, lines)
     except DPCompileError:
         raise
@@ -256,7 +257,7 @@ def _written_out(exported: torch.export.ExportedProgram) -> torch.export.Exporte
             break
         refused = _without_rule(exported.graph, table)
         try:
-            exported = exported.run_decompositions(table)
+            exported = decomposed(exported, table)
         except Exception as error:
             raise refused from error
         if all(isinstance(size_of(size), int) for size in _sizes(exported.graph.find_nodes(op="placeholder"))):
