@@ -62,7 +62,7 @@ def follow_memory(
     read_by_uses = frozenset().union(*(use.reads for use in uses), *(own for use in uses for _, own in use.plain))
     clip_groups = {use.clip_group for use in uses}
     segments = _segments(program, order, storages, lives, read) if len(clip_groups) == 1 else ()
-    fusible = _fusible(order, storages) - read_by_uses | loss.keys()
+    fusible = (_fusible(order, storages) - read_by_uses).union(loss)
     return Schedule(len(order), lives | loss, tuple(uses), costs.itemsize, segments, fusible)
 
 
