@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -127,11 +127,12 @@ class Schedule:
     itemsize: int
     segments: tuple[Segment, ...] = ()  # from the loss to the inputs; none where there are several clip groups
     fusible: frozenset[Root] = frozenset()  # values that a compiler does not write down
+    of_plain: Mapping[Root, Bytes] = field(default_factory=dict)  # values that are larger in plain training, eager
 
     def compiled(self) -> Schedule:
         """The same under a compiler, about: it may compute what is fusible wherever that is read."""
         lives = {r: replace(life, size=Bytes()) if r in self.fusible else life for r, life in self.lives.items()}
-        return replace(self, lives=lives, fusible=frozenset())
+        return replace(self, lives=lives, fusible=frozenset(), of_plain={})
 
     def plain(self) -> Timeline:
         """Memory of plain training of the same graph: each use makes its part of the gradient at once."""
@@ -142,7 +143,8 @@ class Schedule:
             for i, (at, reads) in enumerate(use.plain):
                 deaths.update({root: max(deaths[root], 2 * at + 1) for root in reads})
                 made.append(Life(use.gradient, 2 * at + 1, 2 * at + 1 if i else end - 1))  # later ones are added to it
-        lives = [Life(life.size, 2 * life.birth, deaths[root]) for root, life in self.lives.items()]
+        sizes = {root: life.size for root, life in self.lives.items()} | dict(self.of_plain)
+        lives = [Life(sizes[root], 2 * life.birth, deaths[root]) for root, life in self.lives.items()]
         return Timeline.of([*lives, *made], end)
 
     def private(self, methods: Mapping[str, Method], again: Collection[int] = ()) -> Timeline:

@@ -38,6 +38,7 @@ def follow_memory(
     for root in {root for node in results for root in storages.of(node)}:
         lives[root] = Life(lives[root].size, lives[root].birth, len(order) - 1)
     loss = _loss_outside(program, lives)
+    position |= {nodes[name]: life.birth for (name, _), life in lives.items() if nodes[name].op == "placeholder"}
     targets = {i.node: i.target for i in program.inputs}
     uses = []
     for reader, cost in zip(readers, costs.groups, strict=True):
@@ -63,7 +64,8 @@ def follow_memory(
     clip_groups = {use.clip_group for use in uses}
     segments = _segments(program, order, storages, lives, read) if len(clip_groups) == 1 else ()
     fusible = (_fusible(order, storages) - read_by_uses).union(loss)
-    return Schedule(len(order), lives | loss, tuple(uses), costs.itemsize, segments, fusible)
+    masks = _masks_of_plain(order, storages)
+    return Schedule(len(order), lives | loss, tuple(uses), costs.itemsize, segments, fusible, masks)
 
 
 def _loss_outside(program: Program, lives: Mapping[Root, Life]) -> dict[Root, Life]:
@@ -75,6 +77,17 @@ def _loss_outside(program: Program, lives: Mapping[Root, Life]) -> dict[Root, Li
     tangents = {i.node for i in program.inputs_of(InputKind.TANGENT)}
     given = {(name, result): life for (name, result), life in lives.items() if name in tangents}
     return {(name, result + 1): Life(life.size, life.birth, life.birth) for (name, result), life in given.items()}
+
+
+def _masks_of_plain(order: Sequence[fx.Node], storages: Storages) -> dict[Root, Bytes]:
+    """Masks of dropout as plain training has them: where no kernel does it in one, as numbers (ATen, Dropout.cpp)."""
+    found = {}
+    for node in order:
+        if node.target is aten.native_dropout.default:
+            (source, *_) = node.all_input_nodes
+            if source.meta["val"].device.type == "cpu":
+                found[node.name, 1] = storages.size_of(source.meta["val"])
+    return found
 
 
 _LOOPS = {

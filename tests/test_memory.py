@@ -164,6 +164,20 @@ def test_a_loss_outside_of_the_graph_is_counted() -> None:
         assert predicted == pytest.approx(peak_of(step_of(forward)), rel=0.05)
 
 
+def test_masks_of_dropout_and_the_last_layer_of_plain_training_are_counted() -> None:
+    wide = nn.Sequential(nn.Linear(16, 256), nn.Dropout(0.1), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 128))
+    sample = torch.randn(BATCH, 40, 16)
+
+    def step() -> None:
+        F.cross_entropy(wide(sample).flatten(0, 1), torch.zeros(BATCH * 40, dtype=torch.int64)).backward()
+
+    step()
+    wide.zero_grad(set_to_none=True)
+    memory = dpcompile(wide, sample).plan.memory
+    assert memory is not None
+    assert memory.plain == pytest.approx(peak_of(step), rel=0.01)
+
+
 @pytest.mark.parametrize("clip_groups", ["flat", "per-layer"])
 @pytest.mark.parametrize("build", [perceptron, images])
 def test_no_plan_within_the_budget_is_faster(build: Callable[[], tuple[nn.Module, Tensor]], clip_groups: str) -> None:
