@@ -60,21 +60,18 @@ def maxbatch(
         plain = analysis.schedule().plain()
         peaks = {"plain": (found.plain, plain.peak(found.plain) if found.plain else 0.0)}
         peaks["private"] = (found.private, found.plan.memory.peak if found.plan.memory else 0.0)
-        rows = [
-            {
+        real = load_target(target, inputs or (), batch=batch, seq=seq, settings=settings or (), real=True) if run else None
+        rows = []
+        for name, (number, peak) in peaks.items():
+            row = {
                 "step": name,
                 "largest batch": str(number),
                 "between steps": human(found.level.at(number), "B"),
                 "peak above": human(peak, "B"),
-                "in all": human(found.level.at(number) + peak, "B"),
             }
-            for name, (number, peak) in peaks.items()
-        ]
-        if run:
-            real = load_target(target, inputs or (), batch=batch, seq=seq, settings=settings or (), real=True)
-            for row, (name, (number, _)) in zip(rows, peaks.items(), strict=True):
-                counted = _counted(real, name, number, analysis.call.batch_size, found.plan.memory)
-                row["counted"] = human(counted, "B")
+            if real is not None:
+                row["counted"] = human(_counted(real, name, number, analysis.call.batch_size, found.plan.memory), "B")
+            rows.append(row | {"in all": human(found.level.at(number) + peak, "B")})
         say(f"{target}: {type(loaded.model).__name__} in {human(size, 'B')}, {human(free, 'B')} of it left free")
         say("\n".join(table_text(rows, left={"step"})))
 
