@@ -59,7 +59,7 @@ inline void turn(const uint16_t *left, int64_t steps, uint16_t *right) {
   }
 }
 
-// Elements of one position, side by side, as a line of the tiles of a left factor; their norm without slack.
+// Elements of one position, side by side, as a line of the tiles of a left factor; the sum of their squares.
 inline float copy_line(const uint16_t *from, int64_t width, uint16_t *left) {
   __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
   for (int64_t k = 0; k < width; k += STEP, left += TILE) {
@@ -71,7 +71,7 @@ inline float copy_line(const uint16_t *from, int64_t width, uint16_t *left) {
     even = _mm512_fmadd_ps(low, low, even), odd = _mm512_fmadd_ps(high, high, odd);
     _mm512_storeu_si512(left, pairs);
   }
-  return std::sqrt(_mm512_reduce_add_ps(_mm512_add_ps(even, odd)));
+  return _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
 }
 
 // 16 lines by up to three panels of a Gram matrix, after so many steps; `next`: from a panel to the one beside it.

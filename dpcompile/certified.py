@@ -41,9 +41,9 @@ from dpcompile.forms import (
 )
 from dpcompile.gram import gamma2, gram_of, inner, paired, pairing, patched_gram, sum2, terms_of
 from dpcompile.joined import joined
-from dpcompile.kernel_norms import flash_norm, tiled_norm
+from dpcompile.kernel_norms import flash_norm, flash_square, tiled_norm
 from dpcompile.patches import kernel_squares
-from dpcompile.rounding import accurate, gamma, storage_unit, tiny
+from dpcompile.rounding import accurate, gamma, row_norms, storage_unit, tiny
 from dpcompile.shapes import hint, is_one
 
 SHORT, LONG = 64, 2048
@@ -155,7 +155,7 @@ def _single(forms: Sequence[Form]) -> Outer | Patched | None:
 def ghost_norm(forms: Sequence[Outer | OneHot | Patched], *, flash: bool = False) -> torch.Tensor:
     """[2, B] of the sum of all forms, none of them made explicit: sum_kl <G_k, G_l>.
 
-    `flash`: by a kernel that writes no Gram matrix, for a single use or several that are one (kernels.py).
+    `flash`: that of products by a kernel that writes no Gram matrix (kernels.py).
     """
     merged = cast("list[Outer | OneHot | Patched]", merge(forms))
     if len(merged) == 1 and isinstance(merged[0], Outer) and is_one(merged[0].rows_BGTp.shape[2]):
@@ -163,7 +163,7 @@ def ghost_norm(forms: Sequence[Outer | OneHot | Patched], *, flash: bool = False
     if flash and (use := _single(merged)) is not None:
         return flash_norm(use)
     wide = any(map(doubled, merged))
-    uses = [_measured(in_float64(form) if wide else form) for form in merged]
+    uses = [_measured(in_float64(form) if wide else form, flash=flash) for form in merged]
     square = uses[0].square
     error = sum_gamma(merged[0]) * uses[0].length
     for k, left in enumerate(uses):
@@ -194,7 +194,10 @@ class _Use:
     length: torch.Tensor  # [B] float64, at least sum_t |rows_t| |cols_t|, rows of one place added up
 
 
-def _measured(form: Outer | OneHot | Patched) -> _Use:
+def _measured(form: Outer | OneHot | Patched, *, flash: bool = False) -> _Use:
+    if flash and isinstance(form, Outer):
+        square, length = flash_square(form)
+        return _Use(form, square, row_norms(form.rows_BGTp), row_norms(form.cols_BGTd), length)
     if isinstance(form, OneHot):
         same = form.index_BT.unsqueeze(2) == form.index_BT.unsqueeze(1)
         gram, cols = gram_of(form.cols_BTd, form.cols_BTd)

@@ -60,7 +60,9 @@ def maxbatch(
         plain = analysis.schedule().plain()
         peaks = {"plain": (found.plain, plain.peak(found.plain) if found.plain else 0.0)}
         peaks["private"] = (found.private, found.plan.memory.peak if found.plan.memory else 0.0)
-        real = load_target(target, inputs or (), batch=batch, seq=seq, settings=settings or (), real=True) if run else None
+        real = None
+        if run:
+            real = load_target(target, inputs or (), batch=batch, seq=seq, settings=settings or (), real=True)
         rows = []
         for name, (number, peak) in peaks.items():
             row = {

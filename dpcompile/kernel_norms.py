@@ -56,6 +56,12 @@ def tiled_norm(form: Outer | Patched) -> torch.Tensor:
 
 def flash_norm(form: Outer | Patched) -> torch.Tensor:
     """[2, B]: as `pairing` of Gram matrices that are formed and summed in tiles."""
+    square, length = flash_square(form)
+    return torch.stack([never_negative(square), (sum_gamma(form) * length).square()])
+
+
+def flash_square(form: Outer | Patched) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B] at least |G|^2, and at least sum_t |rows_t| |cols_t|."""
     use, wide = _factors(form), doubled(form)
     device = use.given[0].device
     dtype = kernels.sum_type(dtype_of(form), wide=wide)
@@ -68,4 +74,4 @@ def flash_norm(form: Outer | Patched) -> torch.Tensor:
     off = by_data + (by_rows + adding) * by_cols * lengths.square()
     square = together + use.length**2 * tiny(dtype) + SECOND_ORDER * off
     length = over_groups(lengths.square(), use.shape).sqrt()
-    return torch.stack([never_negative(over_groups(square, use.shape)), (sum_gamma(form) * length).square()])
+    return over_groups(square, use.shape), length

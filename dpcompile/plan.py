@@ -204,12 +204,15 @@ class Plan:
         seen: set[Product] = set()
         saved: sympy.Expr = sympy.Integer(0)
         for group in self.costs.groups:
-            method = self.method(group.name)
-            if method is Method.FLASH and not self.shares_factors:
-                continue
-            for product in (product for part in group.parts for product in part.products if product.method is method):
-                saved += product.flops if product in seen else 0
-                seen.add(product)
+            for part in group.parts:
+                method = self.method(group.name)
+                if part.kind == "onehot" and method is Method.FLASH:
+                    method = Method.GHOST  # no kernel does look-ups
+                elif method is Method.FLASH and not self.shares_factors:
+                    continue
+                for product in (product for product in part.products if product.method is method):
+                    saved += product.flops if product in seen else 0
+                    seen.add(product)
         return sympy.expand(saved)
 
     def plain_flops(self) -> sympy.Expr:

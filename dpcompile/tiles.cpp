@@ -1,6 +1,7 @@
 // Norms that form a product block by block and keep its sums alone. native.py compiles and calls them.
 
 #include <limits>
+#include <vector>
 
 #include "amx.h"
 #include "blocks.h"
@@ -11,7 +12,8 @@ namespace {
 constexpr int64_t SPAN = 128;       // products that are added up one after the other
 constexpr int64_t LINES_ADDED = 4;  // lines of a strip that are added up before float64 takes over
 
-constexpr int64_t PACKED_BYTES = 1 << 24;  // factors of a sample that a thread keeps packed
+constexpr int64_t PACKED_BYTES = 1 << 18;  // of a factor, some elements of all positions: what stays in the second cache
+constexpr int64_t GRAM_BYTES = 1 << 23;    // of Gram matrices that a thread keeps: what is packed again for the others
 
 struct bfloat16 {
   uint16_t bits;
@@ -42,6 +44,13 @@ struct Layout {
   int64_t sample, position, element;
   const int64_t *positions = nullptr, *elements = nullptr;
 };
+
+// The same from an element on: where it begins in memory, and how the rest lies.
+inline int64_t skip_elements(Layout &x, int64_t count) {
+  if (!x.positions) return count * x.element;
+  x.elements += count;
+  return 0;
+}
 
 // Vectors of numbers that tables find: one vector in each lane.
 template <typename F, typename G>
@@ -102,19 +111,18 @@ struct Slack {
   }
 };
 
-// Of every packed vector, at least its norm.
+// Adds the squares of every packed vector.
 template <typename F>
-void norms(const F *packed, int64_t panels, int64_t depth, const Slack &slack, F *out) {
+void add_squares(const F *packed, int64_t panels, int64_t depth, F *out) {
   constexpr int W = WIDTH<F>;
   for (int64_t panel = 0; panel < panels; panel++, out += W) {
     Lanes<F> squares[4] = {};
     for (int64_t k = 0; k < depth; k++, packed += W) squares[k % 4] += load(packed) * load(packed);
-    const Lanes<F> sum = (squares[0] + squares[1]) + (squares[2] + squares[3]);
-    for (int i = 0; i < W; i++) out[i] = slack.norm<F>(sum[i]);
+    store(out, load(out) + ((squares[0] + squares[1]) + (squares[2] + squares[3])));
   }
 }
 
-// The same of vectors across the panels: one for every k.
+// At least the norms of vectors across the panels: one for every k.
 template <typename F>
 void norms_across(const F *packed, int64_t panels, int64_t depth, const Slack &slack, F *out) {
   constexpr int W = WIDTH<F>;
@@ -131,10 +139,10 @@ void norms_across(const F *packed, int64_t panels, int64_t depth, const Slack &s
 }
 
 // Lines [begin, end) of a product, for panels [first, first + n): out[line][PANELS * WIDTH], SPAN terms at a time.
-// `skip(line)`: leading panels that a line does not need.
+// `skip(line)`: leading panels that a line does not need. `more`: added to what is there.
 template <typename F, typename Skip>
 void strip(const F *left, const F *right, int64_t begin, int64_t end, int64_t depth, int64_t first, int64_t n, Skip skip,
-           F *out) {
+           bool more, F *out) {
   constexpr int W = WIDTH<F>;
   for (int64_t start = 0; start < depth; start += SPAN) {
     const int64_t span = std::min(SPAN, depth - start);
@@ -142,7 +150,7 @@ void strip(const F *left, const F *right, int64_t begin, int64_t end, int64_t de
       const int64_t from = skip(line);
       const F *l = left + ((line / W) * depth + start) * W + line % W;
       const F *r = right + ((first + from) * depth + start) * W;
-      product(n - from, l, r, depth * W, span, start > 0, out + line * PANELS * W + from * W);
+      product(n - from, l, r, depth * W, span, more || start > 0, out + line * PANELS * W + from * W);
     }
   }
 }
@@ -170,26 +178,52 @@ struct Factor {
   Slack slack;
 };
 
-// Where each of several factors is packed, or all of them in turn where together they need too many bytes.
-template <typename G>
-class Places {
- public:
-  // `bytes` for an element of all positions; elements are padded to whole steps.
-  Places(int64_t count, const Factor<G> *factors, int64_t bytes, int64_t step = 1) : starts(new int64_t[count + 1]()) {
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t padded = panels_of(factors[i].width, step) * step;
-      starts[i + 1] = starts[i] + padded, widest = std::max(widest, padded);
-    }
-    keep = bytes * starts[count] <= PACKED_BYTES;
-    width = keep ? starts[count] : widest;
-  }
-  int64_t before(int64_t i) const { return keep ? starts[i] : 0; }
+// Lines [begin, end) of a Gram matrix, for panels [first, first + n). `upper`: of those on the diagonal and above it.
+struct Block {
+  int64_t begin, end, first, n;
+  bool upper;
 
-  int64_t widest = 0, width = 0;  // elements of the widest; that there is room for
-  bool keep = true;
+  template <int W>
+  int64_t skip(int64_t line) const {
+    return upper ? std::max<int64_t>(0, line / W - first) : 0;
+  }
+  template <int W>
+  int64_t area() const {
+    return panels_of(end - begin, W) * W * PANELS * W;
+  }
+};
+
+// Blocks of the Gram matrices of several factors, side by side in memory.
+template <typename F>
+class Room {
+ public:
+  static constexpr int W = WIDTH<F>;
+
+  // Of all blocks of a task, or of as many at a time as there is room for.
+  Room(int64_t count, const std::vector<std::vector<Block>> &tasks) {
+    for (const std::vector<Block> &blocks : tasks) {
+      int64_t all = 0, largest = 0;
+      for (const Block &block : blocks) all += block.area<W>(), largest = std::max(largest, block.area<W>());
+      room = std::max(room, std::min(all, std::max(largest, GRAM_BYTES / (count * int64_t(sizeof(F))))));
+    }
+    at.reset(new Buffer<F>(room * count));
+  }
+  // Takes as many of the blocks as there is room for, in turn.
+  int64_t take(const Block *blocks, int64_t many) {
+    begins.clear();
+    int64_t used = 0;
+    for (int64_t i = 0; i < many && used + blocks[i].area<W>() <= room; used += blocks[i++].area<W>())
+      begins.push_back(used - blocks[i].begin * PANELS * W);
+    return int64_t(begins.size());
+  }
+  // out[line][PANELS * W], by lines of the whole matrix.
+  F *of(int64_t factor, int64_t block) const { return at->get() + room * factor + begins[block]; }
+  void clear(int64_t factor) { std::fill_n(at->get() + room * factor, room, F(0)); }
 
  private:
-  std::unique_ptr<int64_t[]> starts;
+  int64_t room = 0;
+  std::unique_ptr<Buffer<F>> at;
+  std::vector<int64_t> begins;
 };
 
 // Of pairs of positions: sums of K A, |K| c c and |A| r r.
@@ -197,17 +231,16 @@ template <typename F>
 struct Pairs {
   Sums<F> together, by_cols, by_rows;
 
-  // Lines [begin, end) of a strip, with `times(t, s)` what a pair counts in each lane.
-  template <typename Skip, typename Times>
-  void add(const F *row_gram, const F *col_gram, const F *r, const F *c, int64_t begin, int64_t end, int64_t first,
-           int64_t n, Skip skip, Times times) {
+  // Those of a block, with `times(t, s)` what a pair counts in each lane.
+  template <typename Times>
+  void add(const F *row_gram, const F *col_gram, const F *r, const F *c, const Block &block, Times times) {
     constexpr int W = WIDTH<F>;
-    for (int64_t start = begin; start < end; start += LINES_ADDED) {
+    for (int64_t start = block.begin; start < block.end; start += LINES_ADDED) {
       Lanes<F> pairs{}, row_sums{}, col_sums{};
-      for (int64_t t = start; t < std::min(end, start + LINES_ADDED); t++) {
+      for (int64_t t = start; t < std::min(block.end, start + LINES_ADDED); t++) {
         Lanes<F> row_sum{}, col_sum{};
-        for (int64_t panel = skip(t); panel < n; panel++) {
-          const int64_t at = (t * PANELS + panel) * W, s = (first + panel) * W;
+        for (int64_t panel = block.skip<W>(t); panel < block.n; panel++) {
+          const int64_t at = (t * PANELS + panel) * W, s = (block.first + panel) * W;
           const Lanes<F> counted = times(t, s);
           const Lanes<F> K = load(row_gram + at) * counted, A = load(col_gram + at);
           pairs += K * A;
@@ -222,52 +255,57 @@ struct Pairs {
   }
 };
 
-// What one thread has of the factors of a sample: packed, with their norms, and strips of their Gram matrices. Many or
-// long factors are packed again for every strip, so that not all of them are there at a time.
+// What one thread has of the factors of a sample: norms of their positions, and blocks of their Gram matrices. Some
+// elements of all positions are packed at a time, and their products added to the blocks.
 template <typename F, typename G>
 class Grams {
  public:
   static constexpr int64_t TAIL = HIGH<F>;  // up to so many positions behind the last full panel are lines alone
 
-  Grams(const Factor<G> *factors, int64_t count, int64_t length)
+  Grams(const Factor<G> *factors, int64_t count, int64_t length, const std::vector<std::vector<Block>> &tasks)
       : factors(factors), count(count), length(length), panels(panels_of(length, W)),
-        places(count, factors, panels * W * int64_t(sizeof(F))), packed(panels * W * places.width),
-        norm(panels * W * count), gram(area() * count) {}
+        depth(SPAN * std::max<int64_t>(1, PACKED_BYTES / (panels * W * SPAN * int64_t(sizeof(F))))), room(count, tasks),
+        packed(panels * W * depth), norm(panels * W * count) {}
 
   const F *norms_of(int64_t i) const { return norm.get() + panels * W * i; }
-  const F *gram_of(int64_t i) const { return gram.get() + area() * i; }
+  const F *gram_of(int64_t i, int64_t block) const { return room.of(i, block); }
 
-  void begin(int64_t sample) {
-    for (int64_t i = 0; i < count; i++) {
-      read(i, sample);
-      norms(place(i), panels, factors[i].width, factors[i].slack, norm.get() + panels * W * i);
-    }
-  }
-
-  // Lines [begin, end) of a strip of each.
-  template <typename Skip>
-  void form(int64_t sample, int64_t begin, int64_t end, int64_t first, int64_t n, Skip skip) {
-    for (int64_t i = 0; i < count; i++) {
-      if (!places.keep) read(i, sample);
-      F *out = gram.get() + area() * i;
-      if (factors[i].width == 0) std::fill_n(out, area(), F(0));
-      strip(place(i), place(i), begin, end, factors[i].width, first, n, skip, out);
-    }
+  // The first of the blocks, as many as there is room for: how many. `norms`: those of the positions as well.
+  int64_t form(int64_t sample, const Block *blocks, int64_t many, bool norms) {
+    const int64_t taken = room.take(blocks, many);
+    for (int64_t i = 0; i < count; i++) form(sample, i, blocks, taken, norms);
+    return taken;
   }
 
  private:
   static constexpr int W = WIDTH<F>;
-  int64_t area() const { return panels * W * PANELS * W; }
-  F *place(int64_t i) const { return packed.get() + panels * W * places.before(i); }
-  void read(int64_t i, int64_t sample) {
+
+  void form(int64_t sample, int64_t i, const Block *blocks, int64_t taken, bool norms) {
     const Factor<G> &x = factors[i];
-    pack_positions(x.from + sample * x.layout.sample, x.layout, 0, length, x.width, place(i));
+    F *norms_at = norm.get() + panels * W * i;
+    if (norms) std::fill_n(norms_at, panels * W, F(0));
+    if (x.width == 0) room.clear(i);
+    for (int64_t start = 0; start < x.width; start += depth) {
+      const int64_t some = std::min(depth, x.width - start);
+      Layout rest = x.layout;
+      const G *from = x.from + sample * x.layout.sample + skip_elements(rest, start);
+      pack_positions(from, rest, 0, length, some, packed.get());
+      if (norms) add_squares(packed.get(), panels, some, norms_at);
+      for (int64_t b = 0; b < taken; b++) {
+        const Block &block = blocks[b];
+        const auto skip = [&block](int64_t line) { return block.skip<W>(line); };
+        strip(packed.get(), packed.get(), block.begin, block.end, some, block.first, block.n, skip, start > 0,
+              room.of(i, b));
+      }
+    }
+    if (norms)
+      for (int64_t t = 0; t < panels * W; t++) norms_at[t] = x.slack.norm(norms_at[t]);
   }
 
   const Factor<G> *factors;
-  int64_t count, length, panels;
-  Places<G> places;
-  Buffer<F> packed, norm, gram;
+  int64_t count, length, panels, depth;  // elements that are packed at a time
+  Room<F> room;
+  Buffer<F> packed, norm;
 };
 
 #ifdef DPCOMPILE_AMX
@@ -276,62 +314,63 @@ class TiledGrams {
  public:
   static constexpr int64_t TAIL = 0;
 
-  TiledGrams(const Factor<bfloat16> *factors, int64_t count, int64_t length)
-      : factors(factors), count(count), length(length), panels(panels_of(length, SIDE)),
-        places(count, factors, panels * SIDE * 2 * int64_t(sizeof(bfloat16)), STEP),
-        left(panels * SIDE * places.width), right(panels * SIDE * places.width), packed(SIDE * places.widest),
-        norm(panels * SIDE * count), gram(area() * count) {}
+  TiledGrams(const Factor<bfloat16> *factors, int64_t count, int64_t length, const std::vector<std::vector<Block>> &tasks)
+      : factors(factors), count(count), length(length), panels(panels_of(length, SIDE)), room(count, tasks),
+        left(panels * NEAR * TILE), right(panels * NEAR * TILE), packed(SIDE * NEAR * STEP), norm(panels * SIDE * count) {}
 
   const float *norms_of(int64_t i) const { return norm.get() + panels * SIDE * i; }
-  const float *gram_of(int64_t i) const { return gram.get() + area() * i; }
+  const float *gram_of(int64_t i, int64_t block) const { return room.of(i, block); }
 
-  void begin(int64_t sample) {
-    for (int64_t i = 0; i < count; i++) read(i, sample);
-  }
-
-  template <typename Skip>
-  void form(int64_t sample, int64_t begin, int64_t end, int64_t first, int64_t n, Skip skip) {
-    for (int64_t i = 0; i < count; i++) {
-      if (!places.keep) read(i, sample);
-      float *out = gram.get() + area() * i;
-      if (factors[i].width == 0) std::fill_n(out, area(), 0.0f);
-      const int64_t steps = panels_of(factors[i].width, STEP), next = steps * TILE;
-      for (int64_t start = 0; start < steps; start += NEAR)
-        for (int64_t line = begin; line < end; line += SIDE) {
-          const int64_t from = skip(line);
-          const uint16_t *l = place(left, i) + (line / SIDE) * next + start * TILE;
-          const uint16_t *r = place(right, i) + (first + from) * next + start * TILE;
-          tile_product(n - from, l, r, next, std::min(NEAR, steps - start), start > 0,
-                       out + (line * PANELS + from) * SIDE);
-        }
-    }
+  int64_t form(int64_t sample, const Block *blocks, int64_t many, bool norms) {
+    const int64_t taken = room.take(blocks, many);
+    for (int64_t i = 0; i < count; i++) form(sample, i, blocks, taken, norms);
+    return taken;
   }
 
  private:
-  int64_t area() const { return panels * SIDE * PANELS * SIDE; }
-  uint16_t *place(const Buffer<uint16_t> &x, int64_t i) const { return x.get() + panels * SIDE * places.before(i); }
-
-  void read(int64_t i, int64_t sample) {
+  void form(int64_t sample, int64_t i, const Block *blocks, int64_t taken, bool norms) {
     const Factor<bfloat16> &x = factors[i];
-    const bfloat16 *from = x.from + sample * x.layout.sample;
-    const int64_t steps = panels_of(x.width, STEP);
-    uint16_t *lefts = place(left, i), *rights = place(right, i);
     float *norms_at = norm.get() + panels * SIDE * i;
+    if (norms) std::fill_n(norms_at, panels * SIDE, 0.0f);
+    if (x.width == 0) room.clear(i);
+    for (int64_t start = 0; start < x.width; start += NEAR * STEP) {
+      const int64_t some = std::min(NEAR * STEP, x.width - start), steps = panels_of(some, STEP), next = steps * TILE;
+      read(x, sample, start, some, norms ? norms_at : nullptr);
+      for (int64_t b = 0; b < taken; b++) {
+        const Block &block = blocks[b];
+        for (int64_t line = block.begin; line < block.end; line += SIDE) {
+          const int64_t from = block.skip<SIDE>(line);
+          tile_product(block.n - from, left.get() + line / SIDE * next, right.get() + (block.first + from) * next, next,
+                       steps, start > 0, room.of(i, b) + (line * PANELS + from) * SIDE);
+        }
+      }
+    }
+    if (norms)
+      for (int64_t t = 0; t < panels * SIDE; t++) norms_at[t] = x.slack.norm(norms_at[t]);
+  }
+
+  // Some elements of all positions to tiles; their squares are added to those that are given.
+  void read(const Factor<bfloat16> &x, int64_t sample, int64_t start, int64_t width, float *squares) {
+    Layout rest = x.layout;
+    const bfloat16 *from = x.from + sample * x.layout.sample + skip_elements(rest, start);
+    const int64_t steps = panels_of(width, STEP);
+    uint16_t *lefts = left.get(), *rights = right.get();
     for (int64_t first = 0; first < length; first += SIDE, lefts += steps * TILE, rights += steps * TILE) {
-      const int64_t some = std::min(SIDE, length - first);
-      if (x.layout.positions || x.layout.element != 1) {
-        pack_positions(from, x.layout, first, some, x.width, packed.get());
-        norms(packed.get(), 1, x.width, x.slack, norms_at + first);
+      const int64_t there = std::min(SIDE, length - first);
+      if (rest.positions || rest.element != 1) {
+        pack_positions(from, rest, first, there, width, packed.get());
+        if (squares) add_squares(packed.get(), 1, width, squares + first);
         for (int64_t k = 0; k < steps * STEP; k++)
           for (int64_t t = 0; t < SIDE; t++)
-            lefts[(k / STEP * SIDE + t) * STEP + k % STEP] = k < x.width ? bits_of(packed.get()[k * SIDE + t]) : 0;
+            lefts[(k / STEP * SIDE + t) * STEP + k % STEP] = k < width ? bits_of(packed.get()[k * SIDE + t]) : 0;
       } else {
         for (int64_t t = 0; t < SIDE; t++) {
-          const int64_t width = t < some ? x.width : 0;
-          if (!width)
+          const int64_t own = t < there ? width : 0;
+          if (!own)
             for (int64_t step = 0; step < steps; step++) std::memset(lefts + (step * SIDE + t) * STEP, 0, BYTES);
-          const auto *line = reinterpret_cast<const uint16_t *>(from + (first + t) * x.layout.position);
-          norms_at[first + t] = x.slack.with(copy_line(line, width, lefts + t * STEP));
+          const auto *line = reinterpret_cast<const uint16_t *>(from + (first + t) * rest.position);
+          const float square = copy_line(line, own, lefts + t * STEP);
+          if (squares) squares[first + t] += square;
         }
       }
       turn(lefts, steps, rights);
@@ -346,9 +385,9 @@ class TiledGrams {
   const TileSetting setting;
   const Factor<bfloat16> *factors;
   int64_t count, length, panels;
-  Places<bfloat16> places;
+  Room<float> room;
   Buffer<uint16_t> left, right;
-  Buffer<float> packed, norm, gram;
+  Buffer<float> packed, norm;
 };
 #endif
 
@@ -368,33 +407,39 @@ void paired_by(const Factor<G> *factors, int64_t count, const int64_t *pairs, in
     for (int s = 0; s < W; s++) diagonal[t][s] = s > t ? 2 : s == t ? 1 : 0;
   const auto upper = [&diagonal](int64_t t, int64_t s) { return t >= s ? load(diagonal[t % W]) : Lanes<F>{} + F(2); };
   const auto twice = [](int64_t, int64_t) { return Lanes<F>{} + F(2); };
-  const auto none = [](int64_t) { return int64_t(0); };
+  std::vector<std::vector<Block>> blocks(parts);
+  for (int64_t at = 0; at < strips; at++) {
+    std::vector<Block> &own = blocks[at % parts];
+    const int64_t first = std::min(at * PANELS, full), last = at < wide ? full : panels;
+    const int64_t n = std::min<int64_t>(PANELS, last - first), end = std::min((first + n) * W, length);
+    own.push_back({at < wide ? 0 : first * W, end, first, n, true});
+    if (few && at < wide) own.push_back({full * W, length, first, n, false});
+  }
 #pragma omp parallel num_threads(threads)
   {
-    Grams grams(factors, count, length);
+    Grams grams(factors, count, length, blocks);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; task++) {
       const int64_t sample = task / parts, part = task % parts;
-      grams.begin(sample);
+      const std::vector<Block> &own = blocks[part];
       std::unique_ptr<Pairs<F>[]> sums(new Pairs<F>[pair_count]());
-      const auto add = [&](int64_t begin, int64_t end, int64_t first, int64_t n, auto skip, auto times) {
+      for (size_t done = 0; done < own.size();) {
+        const Block *next = own.data() + done;
+        const int64_t formed = grams.form(sample, next, int64_t(own.size() - done), done == 0);
         for (int64_t i = 0; i < pair_count; i++) {
           const int64_t row = pairs[2 * i], col = pairs[2 * i + 1];
-          sums[i].add(grams.gram_of(row), grams.gram_of(col), grams.norms_of(row), grams.norms_of(col), begin, end,
-                      first, n, skip, times);
+          for (int64_t b = 0; b < formed; b++) {
+            const auto add = [&](auto times) {
+              sums[i].add(grams.gram_of(row, b), grams.gram_of(col, b), grams.norms_of(row), grams.norms_of(col), next[b],
+                          times);
+            };
+            if (next[b].upper)
+              add(upper);
+            else
+              add(twice);
+          }
         }
-      };
-      for (int64_t strip_at = part; strip_at < strips; strip_at += parts) {
-        const int64_t first = std::min(strip_at * PANELS, full), last = strip_at < wide ? full : panels;
-        const int64_t n = std::min<int64_t>(PANELS, last - first);
-        const int64_t begin = strip_at < wide ? 0 : first * W, end = std::min((first + n) * W, length);
-        const auto skip = [first](int64_t line) { return std::max<int64_t>(0, line / W - first); };
-        grams.form(sample, begin, end, first, n, skip);
-        add(begin, end, first, n, skip, upper);
-        if (few && strip_at < wide) {
-          grams.form(sample, full * W, length, first, n, none);
-          add(full * W, length, first, n, none, twice);
-        }
+        done += size_t(formed);
       }
       for (int64_t i = 0; i < pair_count; i++) {
         const F *r = grams.norms_of(pairs[2 * i]), *c = grams.norms_of(pairs[2 * i + 1]);
@@ -447,7 +492,7 @@ void squared(const G *rows, const G *cols, const Sizes &z, int threads, double *
       for (int64_t strip_at = part; strip_at < strips; strip_at += parts) {
         const int64_t first = strip_at * PANELS, n = std::min<int64_t>(PANELS, panels - first);
         const auto skip = [](int64_t) { return 0; };
-        strip(R.get(), C.get(), 0, high * W, z.length, first, n, skip, block.get());
+        strip(R.get(), C.get(), 0, high * W, z.length, first, n, skip, false, block.get());
         for (int64_t line = 0; line < z.p; line++) {
           Lanes<F> sum{};
           for (int64_t panel = 0; panel < n; panel++) {
@@ -488,7 +533,7 @@ void gradients(const G *rows, const G *cols, const Sizes &z, int threads, F *out
         const int64_t first = strip_at * PANELS * W, width = std::min<int64_t>(PANELS * W, z.d - first);
         pack_elements(cols + sample * z.cols.sample, z.cols, z.length, first, width, C.get());
         const auto skip = [](int64_t) { return 0; };
-        strip(R.get(), C.get(), 0, high * W, z.length, 0, panels_of(width, W), skip, block.get());
+        strip(R.get(), C.get(), 0, high * W, z.length, 0, panels_of(width, W), skip, false, block.get());
         for (int64_t line = 0; line < z.p; line++)
           std::memcpy(out + (sample * z.p + line) * z.d + first, block.get() + line * PANELS * W, width * sizeof(F));
       }

@@ -50,6 +50,8 @@ def _parts(reader: GroupReader, backward: Backward, e: int, kernels: bool) -> li
     merged = [(alike, alike[0].work, sum(site.work.T for site in alike)) for alike in kinds.values()]
     factored = all(work.kind != "explicit" for _, work, _ in merged) and group.space is not Space.PULLBACK
     ghost = factored and len({frozenset((work.p, work.d)) for _, work, _ in merged}) == 1
+    dense = [positions for _, work, positions in merged if work.kind == "outer"]
+    by_kernels = kernels and ghost and len(dense) == 1 and dense[0] > 1 and not reader.vmapped
     parts = []
     for alike, work, positions in merged:
         sizes = {T: positions, D: work.d, P: work.p, G: work.G}
@@ -58,9 +60,9 @@ def _parts(reader: GroupReader, backward: Backward, e: int, kernels: bool) -> li
             doubled = e == torch.float32.itemsize and crowded(positions, work.p, work.d)
             plain, options = rules.outer(e, positions, doubled=doubled, bands=_bands(alike, positions, backward))
             booked = e * B * G * T * D
-            tiled: dict[Method, Cost] = {}
-            if kernels and len(merged) == 1 and not reader.vmapped and positions > 1:
-                tiled = rules.tiled(e, doubled=doubled)
+            tiled = rules.tiled(e, doubled=doubled) if by_kernels else {}
+            if len(merged) > 1:
+                tiled.pop(Method.TILED, None)
             if work.overlap is not None:
                 booked = e * B * sympy.Integer(work.overlap.image)
                 sizes |= {C: work.overlap.channels, U: work.overlap.pixels}
@@ -78,6 +80,7 @@ def _parts(reader: GroupReader, backward: Backward, e: int, kernels: bool) -> li
             options |= tiled
         elif work.kind == "onehot":
             plain, options = rules.onehot(e, alone=len(merged) == 1)
+            options |= {Method.FLASH: options[Method.GHOST]} if by_kernels else {}
             booked = 8 * B * T  # an index for each position
         else:
             plain, options = rules.explicit(e)
@@ -95,6 +98,7 @@ def _parts(reader: GroupReader, backward: Backward, e: int, kernels: bool) -> li
     if ghost and len(merged) == 2:
         (left, work, left_T), (_, _, right_T) = sorted(merged, key=lambda item: item[1].kind)
         plain, options = rules.cross(e, left_T, right_T)
+        options |= {Method.FLASH: options[Method.GHOST]} if by_kernels else {}
         sizes = {T: left_T * right_T, D: work.d, P: work.p, G: 1}
         parts.append(_part(group, left, "cross", sizes, plain, options))
     if reader.vmapped:

@@ -71,9 +71,9 @@ policy auto, batch size 16, device laptop (100Gflop/s, 10.0GB/s)
 
 parameter                    op          T  d  p  plain  ghost explicit   kept  flash  tiled flops   held flip T choice reason
 ---------------------------- ---------- -- -- -- ------ ------ -------- ------ ------ ------ ----- ------ ------ ------ ------------
-+tokens.weight               embedding   6  8 50  467ns 2.40us   11.6us 13.7us      -      - 9.22k 3.07kB     20 ghost  least time
-|head: tokens.weight         linear      6  8 50 3.16us 8.05us   17.0us 8.28us      -      -  144k 19.2kB      6 ghost  least time
-+tokens x head               cross      36  8 50     0s 1.86us       0s     0s      -      - 9.22k     0B      - ghost  least time
++tokens.weight               embedding   6  8 50  467ns 2.40us   11.6us 13.7us 2.40us      - 9.22k 3.07kB     20 ghost  least time
+|head: tokens.weight         linear      6  8 50 3.16us 8.05us   17.0us 8.28us 8.61us      -  144k 19.2kB      6 ghost  least time
++tokens x head               cross      36  8 50     0s 1.86us       0s     0s 1.86us      - 9.22k     0B      - ghost  least time
  blocks.{0-2}.norm.weight x3 layer_norm  6  1  8  307ns      -        -  515ns      -      -   256   512B      - kept   small
  blocks.{0-2}.norm.bias x3   layer_norm  6  1  8  307ns      -        -  515ns      -      -   256   512B      - kept   small
  blocks.{0-2}.wide.weight x3 linear      6  8 32 2.13us 6.12us   11.3us 10.4us 6.09us 6.31us 76.0k 12.3kB     10 flash  least memory
@@ -90,7 +90,7 @@ time of parameter gradients     21.9us   58.1us   2.65
 layer inputs booked             49.9kB   49.9kB   1.00
 held until the clip factors         0B   77.6kB
 alive during one norm, at most      0B   6.91kB
-peak memory of a step            115kB    156kB   1.35
+peak memory of a step            118kB    156kB   1.32
 
 choices: 1 ghost, 9 kept, 6 flash
 flip: paper ghost iff 2*T**2 < d*p, that is T < sqrt(2)*sqrt(d)*sqrt(p)/2; auto ghost as fast as kept at T = flip T

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dpcompile import dpcompile, kernels
 from dpcompile.certified import dropped_norm, ghost_norm
-from dpcompile.forms import Form, Outer, doubled, explicit, in_float64
+from dpcompile.forms import Form, OneHot, Outer, doubled, explicit, in_float64
 from dpcompile.patches import Window, by_kernel, kernel_gradients, patches
 from dpcompile.plan import Method
 from dpcompile.rounding import gamma
@@ -148,12 +148,12 @@ def test_nothing_is_differentiated_through_them() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of the kernels for a CPU")
-def test_factors_that_are_too_long_to_stay_packed_are_packed_again() -> None:
+def test_grams_that_there_is_no_room_for_are_formed_in_turn() -> None:
     torch.manual_seed(0)
-    factors = [torch.randn(1, 1050, 1400) for _ in range(3)]  # 16.8 MB is the limit
-    found = kernels.SHARED(factors, [0, 1, 0, 2], False)
-    for sums, col in zip(found, (1, 2), strict=True):
-        torch.testing.assert_close(sums, kernels.PAIRED(factors[0], factors[col], False), rtol=0, atol=0)
+    rows, cols = torch.randn(1, 2100, 7), torch.randn(1, 2100, 300)  # 8.4 MB is the limit for both
+    found = kernels.PAIRED(rows, cols, False)
+    K, A = (factor.double() @ factor.double().mT for factor in (rows, cols))
+    torch.testing.assert_close(found[0], (K * A).sum((1, 2)), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -273,6 +273,33 @@ def test_two_uses_are_one_and_uses_that_share_no_factor_are_not_taken_for_one(wa
     left, right = Outer(square, other, (2, 2, 2), (0,), (1, 2)), Outer(other, square, (2, 2, 2), (0, 1), (2,))
     truth = (explicit(in_float64(left)) + explicit(in_float64(right))).flatten(1).norm(dim=1)
     assert_close(norm_of(WAYS[way]([left, right])), truth, 1e-4, way)
+
+
+@search
+@given(
+    looked_up=st.integers(1, 20),
+    length=st.integers(2, 40),
+    p=st.integers(1, 40),
+    d=st.integers(1, 40),
+    opposed=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_a_look_up_and_a_head_on_one_table_are_at_least_the_truth(
+    looked_up: int, length: int, p: int, d: int, opposed: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    index, cols = torch.randint(p, (2, looked_up)), torch.randn(2, looked_up, d)
+    rows, others = torch.randn(2, 1, length, p), torch.randn(2, 1, length, d)
+    if opposed and looked_up <= length:  # the head takes back what the look-up gives
+        rows[:, 0, :looked_up] = nn.functional.one_hot(index, p).float()
+        rows[:, 0, looked_up:] *= 1e-3
+        others[:, 0, :looked_up] = -cols
+    forms = [OneHot(index, cols, (p, d)), Outer(rows, others, (p, d), (0,), (1,))]
+    square, _ = ghost_norm(forms, flash=True)
+    truth = sum(explicit(in_float64(form)) for form in forms).square().flatten(1).sum(1)
+    sizes = sum(explicit(in_float64(form)).square().flatten(1).sum(1) for form in forms)
+    assert (square >= truth).all()
+    assert (square <= truth + 1e-3 * sizes).all()
 
 
 @search
