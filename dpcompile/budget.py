@@ -128,11 +128,14 @@ class Schedule:
     segments: tuple[Segment, ...] = ()  # from the loss to the inputs; none where there are several clip groups
     fusible: frozenset[Root] = frozenset()  # values that a compiler does not write down
     of_plain: Mapping[Root, Bytes] = field(default_factory=dict)  # values that are larger in plain training, eager
+    handed_out: Mapping[Root, Life] = field(default_factory=dict)  # outputs as the graph itself reads them
 
     def compiled(self) -> Schedule:
-        """The same under a compiler, about: it may compute what is fusible wherever that is read."""
-        lives = {r: replace(life, size=Bytes()) if r in self.fusible else life for r, life in self.lives.items()}
-        return replace(self, lives=lives, fusible=frozenset(), of_plain={})
+        """The same under a compiler, about: it may compute what is fusible wherever that is read, and outputs go into a
+        loss that is compiled with them, so that nobody holds them."""
+        lives = {**self.lives, **self.handed_out}
+        lives = {r: replace(life, size=Bytes()) if r in self.fusible else life for r, life in lives.items()}
+        return replace(self, lives=lives, fusible=frozenset(), of_plain={}, handed_out={})
 
     def plain(self) -> Timeline:
         """Memory of plain training of the same graph: each use makes its part of the gradient at once."""

@@ -35,7 +35,8 @@ def follow_memory(
     position = {node: i for i, node in enumerate(order)}
     storages = Storages(program)
     lives = lives_of(storages, order, {node.name: i for node, i in position.items()})
-    for root in {root for node in results for root in storages.of(node)}:
+    handed_out = {root: lives[root] for node in results for root in storages.of(node)}
+    for root in handed_out:
         lives[root] = Life(lives[root].size, lives[root].birth, len(order) - 1)
     loss = _loss_outside(program, lives)
     position |= {nodes[name]: life.birth for (name, _), life in lives.items() if nodes[name].op == "placeholder"}
@@ -55,7 +56,7 @@ def follow_memory(
                 cost,
                 max((position.get(node, 0) for node in reader.inputs), default=0),
                 _roots(storages, reader.inputs, lives),
-                tuple(plain),
+                tuple(sorted(plain, key=lambda use: use[0])),
                 gradient,
                 0 if clipping is None else clipping.group_of(targets[reader.group.params[0]]),
             )
@@ -65,7 +66,7 @@ def follow_memory(
     segments = _segments(program, order, storages, lives, read) if len(clip_groups) == 1 else ()
     fusible = (_fusible(order, storages) - read_by_uses).union(loss)
     masks = _masks_of_plain(order, storages)
-    return Schedule(len(order), lives | loss, tuple(uses), costs.itemsize, segments, fusible, masks)
+    return Schedule(len(order), lives | loss, tuple(uses), costs.itemsize, segments, fusible, masks, handed_out)
 
 
 def _loss_outside(program: Program, lives: Mapping[Root, Life]) -> dict[Root, Life]:
