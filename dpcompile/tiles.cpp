@@ -255,104 +255,47 @@ struct Pairs {
   }
 };
 
-// What one thread has of the factors of a sample: norms of their positions, and blocks of their Gram matrices. Some
-// elements of all positions are packed at a time, and their products added to the blocks.
+// Some elements of all positions of a factor, packed, and their products.
 template <typename F, typename G>
-class Grams {
+class Packed {
  public:
   static constexpr int64_t TAIL = HIGH<F>;  // up to so many positions behind the last full panel are lines alone
 
-  Grams(const Factor<G> *factors, int64_t count, int64_t length, const std::vector<std::vector<Block>> &tasks)
-      : factors(factors), count(count), length(length), panels(panels_of(length, W)),
-        depth(SPAN * std::max<int64_t>(1, PACKED_BYTES / (panels * W * SPAN * int64_t(sizeof(F))))), room(count, tasks),
-        packed(panels * W * depth), norm(panels * W * count) {}
+  explicit Packed(int64_t length)
+      : depth(SPAN * std::max<int64_t>(1, PACKED_BYTES / (panels_of(length, W) * W * SPAN * int64_t(sizeof(F))))),
+        length(length), packed(panels_of(length, W) * W * depth) {}
 
-  const F *norms_of(int64_t i) const { return norm.get() + panels * W * i; }
-  const F *gram_of(int64_t i, int64_t block) const { return room.of(i, block); }
+  const int64_t depth;  // elements that there is room for
 
-  // The first of the blocks, as many as there is room for: how many. `norms`: those of the positions as well.
-  int64_t form(int64_t sample, const Block *blocks, int64_t many, bool norms) {
-    const int64_t taken = room.take(blocks, many);
-    for (int64_t i = 0; i < count; i++) form(sample, i, blocks, taken, norms);
-    return taken;
+  // Where squares are given, those of the elements are added to them.
+  void read(const G *from, const Layout &x, int64_t width, F *squares) {
+    pack_positions(from, x, 0, length, width, packed.get());
+    if (squares) add_squares(packed.get(), panels_of(length, W), width, squares);
+  }
+  void multiply(const Block &block, int64_t width, bool more, F *out) const {
+    const auto skip = [&block](int64_t line) { return block.skip<W>(line); };
+    strip(packed.get(), packed.get(), block.begin, block.end, width, block.first, block.n, skip, more, out);
   }
 
  private:
   static constexpr int W = WIDTH<F>;
-
-  void form(int64_t sample, int64_t i, const Block *blocks, int64_t taken, bool norms) {
-    const Factor<G> &x = factors[i];
-    F *norms_at = norm.get() + panels * W * i;
-    if (norms) std::fill_n(norms_at, panels * W, F(0));
-    if (x.width == 0) room.clear(i);
-    for (int64_t start = 0; start < x.width; start += depth) {
-      const int64_t some = std::min(depth, x.width - start);
-      Layout rest = x.layout;
-      const G *from = x.from + sample * x.layout.sample + skip_elements(rest, start);
-      pack_positions(from, rest, 0, length, some, packed.get());
-      if (norms) add_squares(packed.get(), panels, some, norms_at);
-      for (int64_t b = 0; b < taken; b++) {
-        const Block &block = blocks[b];
-        const auto skip = [&block](int64_t line) { return block.skip<W>(line); };
-        strip(packed.get(), packed.get(), block.begin, block.end, some, block.first, block.n, skip, start > 0,
-              room.of(i, b));
-      }
-    }
-    if (norms)
-      for (int64_t t = 0; t < panels * W; t++) norms_at[t] = x.slack.norm(norms_at[t]);
-  }
-
-  const Factor<G> *factors;
-  int64_t count, length, panels, depth;  // elements that are packed at a time
-  Room<F> room;
-  Buffer<F> packed, norm;
+  int64_t length;
+  Buffer<F> packed;
 };
 
 #ifdef DPCOMPILE_AMX
 // The same by tiles of bfloat16.
-class TiledGrams {
+class Tiles {
  public:
   static constexpr int64_t TAIL = 0;
 
-  TiledGrams(const Factor<bfloat16> *factors, int64_t count, int64_t length, const std::vector<std::vector<Block>> &tasks)
-      : factors(factors), count(count), length(length), panels(panels_of(length, SIDE)), room(count, tasks),
-        left(panels * NEAR * TILE), right(panels * NEAR * TILE), packed(SIDE * NEAR * STEP), norm(panels * SIDE * count) {}
+  explicit Tiles(int64_t length)
+      : length(length), left(panels_of(length, SIDE) * NEAR * TILE), right(panels_of(length, SIDE) * NEAR * TILE),
+        packed(SIDE * NEAR * STEP) {}
 
-  const float *norms_of(int64_t i) const { return norm.get() + panels * SIDE * i; }
-  const float *gram_of(int64_t i, int64_t block) const { return room.of(i, block); }
+  const int64_t depth = NEAR * STEP;
 
-  int64_t form(int64_t sample, const Block *blocks, int64_t many, bool norms) {
-    const int64_t taken = room.take(blocks, many);
-    for (int64_t i = 0; i < count; i++) form(sample, i, blocks, taken, norms);
-    return taken;
-  }
-
- private:
-  void form(int64_t sample, int64_t i, const Block *blocks, int64_t taken, bool norms) {
-    const Factor<bfloat16> &x = factors[i];
-    float *norms_at = norm.get() + panels * SIDE * i;
-    if (norms) std::fill_n(norms_at, panels * SIDE, 0.0f);
-    if (x.width == 0) room.clear(i);
-    for (int64_t start = 0; start < x.width; start += NEAR * STEP) {
-      const int64_t some = std::min(NEAR * STEP, x.width - start), steps = panels_of(some, STEP), next = steps * TILE;
-      read(x, sample, start, some, norms ? norms_at : nullptr);
-      for (int64_t b = 0; b < taken; b++) {
-        const Block &block = blocks[b];
-        for (int64_t line = block.begin; line < block.end; line += SIDE) {
-          const int64_t from = block.skip<SIDE>(line);
-          tile_product(block.n - from, left.get() + line / SIDE * next, right.get() + (block.first + from) * next, next,
-                       steps, start > 0, room.of(i, b) + (line * PANELS + from) * SIDE);
-        }
-      }
-    }
-    if (norms)
-      for (int64_t t = 0; t < panels * SIDE; t++) norms_at[t] = x.slack.norm(norms_at[t]);
-  }
-
-  // Some elements of all positions to tiles; their squares are added to those that are given.
-  void read(const Factor<bfloat16> &x, int64_t sample, int64_t start, int64_t width, float *squares) {
-    Layout rest = x.layout;
-    const bfloat16 *from = x.from + sample * x.layout.sample + skip_elements(rest, start);
+  void read(const bfloat16 *from, const Layout &rest, int64_t width, float *squares) {
     const int64_t steps = panels_of(width, STEP);
     uint16_t *lefts = left.get(), *rights = right.get();
     for (int64_t first = 0; first < length; first += SIDE, lefts += steps * TILE, rights += steps * TILE) {
@@ -376,6 +319,16 @@ class TiledGrams {
       turn(lefts, steps, rights);
     }
   }
+  void multiply(const Block &block, int64_t width, bool more, float *out) const {
+    const int64_t steps = panels_of(width, STEP), next = steps * TILE;
+    for (int64_t line = block.begin; line < block.end; line += SIDE) {
+      const int64_t from = block.skip<SIDE>(line);
+      tile_product(block.n - from, left.get() + line / SIDE * next, right.get() + (block.first + from) * next, next, steps,
+                   more, out + (line * PANELS + from) * SIDE);
+    }
+  }
+
+ private:
   static uint16_t bits_of(float value) {
     uint32_t wide;
     std::memcpy(&wide, &value, sizeof wide);
@@ -383,22 +336,61 @@ class TiledGrams {
   }
 
   const TileSetting setting;
-  const Factor<bfloat16> *factors;
-  int64_t count, length, panels;
-  Room<float> room;
+  int64_t length;
   Buffer<uint16_t> left, right;
-  Buffer<float> packed, norm;
+  Buffer<float> packed;
 };
 #endif
 
+// What one thread has of the factors of a sample: norms of their positions, and blocks of their Gram matrices, to which
+// products of some elements at a time are added.
+template <typename F, typename G, typename Pieces>
+class Grams {
+ public:
+  Grams(const Factor<G> *factors, int64_t count, int64_t length, const std::vector<std::vector<Block>> &tasks)
+      : factors(factors), count(count), padded(panels_of(length, WIDTH<F>) * WIDTH<F>), pieces(length),
+        room(count, tasks), norm(padded * count) {}
+
+  const F *norms_of(int64_t i) const { return norm.get() + padded * i; }
+  const F *gram_of(int64_t i, int64_t block) const { return room.of(i, block); }
+
+  // The first of the blocks, as many as there is room for: how many. `norms`: those of the positions as well.
+  int64_t form(int64_t sample, const Block *blocks, int64_t many, bool norms) {
+    const int64_t taken = room.take(blocks, many);
+    for (int64_t i = 0; i < count; i++) {
+      const Factor<G> &x = factors[i];
+      F *squares = norms ? norm.get() + padded * i : nullptr;
+      if (norms) std::fill_n(squares, padded, F(0));
+      if (x.width == 0) room.clear(i);
+      for (int64_t start = 0; start < x.width; start += pieces.depth) {
+        const int64_t width = std::min(pieces.depth, x.width - start);
+        Layout rest = x.layout;
+        const G *from = x.from + sample * x.layout.sample + skip_elements(rest, start);
+        pieces.read(from, rest, width, squares);
+        for (int64_t b = 0; b < taken; b++) pieces.multiply(blocks[b], width, start > 0, room.of(i, b));
+      }
+      if (norms)
+        for (int64_t t = 0; t < padded; t++) squares[t] = x.slack.norm(squares[t]);
+    }
+    return taken;
+  }
+
+ private:
+  const Factor<G> *factors;
+  int64_t count, padded;  // positions in whole panels
+  Pieces pieces;
+  Room<F> room;
+  Buffer<F> norm;
+};
+
 // Sums for pairs of factors, which are numbered: the Gram matrix of each is formed once.
-template <typename F, typename G, typename Grams>
+template <typename F, typename G, typename Pieces>
 void paired_by(const Factor<G> *factors, int64_t count, const int64_t *pairs, int64_t pair_count, int64_t samples,
                int64_t length, int threads, double *out) {
   constexpr int W = WIDTH<F>;
   const int64_t panels = panels_of(length, W);
   // A few positions behind the last full panel are lines for the panels before, and a strip for themselves alone.
-  const bool few = panels > 1 && length % W > 0 && length % W <= Grams::TAIL;
+  const bool few = panels > 1 && length % W > 0 && length % W <= Pieces::TAIL;
   const int64_t full = panels - few, wide = panels_of(full, PANELS), strips = wide + few;
   const int64_t parts = parts_of(samples, strips, threads), tasks = samples * parts;
   std::unique_ptr<double[]> partial(new double[tasks * pair_count * 4]());
@@ -417,7 +409,7 @@ void paired_by(const Factor<G> *factors, int64_t count, const int64_t *pairs, in
   }
 #pragma omp parallel num_threads(threads)
   {
-    Grams grams(factors, count, length, blocks);
+    Grams<F, G, Pieces> grams(factors, count, length, blocks);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; task++) {
       const int64_t sample = task / parts, part = task % parts;
@@ -466,9 +458,9 @@ void paired(const Factor<G> *factors, int64_t count, const int64_t *pairs, int64
 #ifdef DPCOMPILE_AMX
   if constexpr (std::is_same_v<F, float> && std::is_same_v<G, bfloat16>)
     if (tiles_allowed())
-      return paired_by<F, G, TiledGrams>(factors, count, pairs, pair_count, samples, length, threads, out);
+      return paired_by<F, G, Tiles>(factors, count, pairs, pair_count, samples, length, threads, out);
 #endif
-  paired_by<F, G, Grams<F, G>>(factors, count, pairs, pair_count, samples, length, threads, out);
+  paired_by<F, G, Packed<F, G>>(factors, count, pairs, pair_count, samples, length, threads, out);
 }
 
 // ------------------------------------------------------------------ explicit norm
