@@ -331,7 +331,7 @@ def test_maxbatch_counts_what_it_predicts(tmp_path: Path) -> None:
     plain, private = (line.split() for line in result.output.splitlines()[-2:])
     for row in (plain, private):
         assert int(row[1]) > 10
-        predicted, counted = (bytes_of(cell) for cell in (row[3], row[5]))
+        predicted, counted = (bytes_of(cell) for cell in (row[3], row[4]))
         assert counted == pytest.approx(predicted, rel=0.1)
     assert RUNNER.invoke(app, ["maxbatch", f"{file}:build", "--memory", "lots"]).exit_code == 2
     assert RUNNER.invoke(app, ["maxbatch", f"{file}:build", "--memory", "1kB"]).exit_code == 1
