@@ -129,13 +129,14 @@ class Schedule:
     fusible: frozenset[Root] = frozenset()  # values that a compiler does not write down
     of_plain: Mapping[Root, Bytes] = field(default_factory=dict)  # values that are larger in plain training, eager
     handed_out: Mapping[Root, Life] = field(default_factory=dict)  # outputs as the graph itself reads them
+    overwritten: frozenset[Root] = frozenset()  # by the last op that reads them, in eager private training
 
     def compiled(self) -> Schedule:
         """The same under a compiler, about: it may compute what is fusible wherever that is read, and outputs go into a
         loss that is compiled with them, so that nobody holds them."""
         lives = {**self.lives, **self.handed_out}
         lives = {r: replace(life, size=Bytes()) if r in self.fusible else life for r, life in lives.items()}
-        return replace(self, lives=lives, fusible=frozenset(), of_plain={}, handed_out={})
+        return replace(self, lives=lives, fusible=frozenset(), of_plain={}, handed_out={}, overwritten=frozenset())
 
     def plain(self) -> Timeline:
         """Memory of plain training of the same graph: each use makes its part of the gradient at once."""
@@ -219,7 +220,8 @@ class _Programme:
             root: (self._index[i], clock.again[at]) for i in segments for root, at in schedule.segments[i].makes.items()
         }
         for root, life in schedule.lives.items():
-            death = max([clock.ops[life.death], *(clock.norms[use.name] for use in self._reading.get(root, ()))])
+            own = clock.ops[life.death] - (root in schedule.overwritten)
+            death = max([own, *(clock.norms[use.name] for use in self._reading.get(root, ()))])
             self._always.append(Life(life.size, clock.ops[life.birth], death))
             self._add_waits(life.size, death, readers.get(root, {}), second.get(root))
 

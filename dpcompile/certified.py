@@ -146,7 +146,7 @@ def streamed_norm(form: Patched) -> torch.Tensor:
 def _single(forms: Sequence[Form]) -> Outer | Patched | None:
     """The one dense use that all forms are; None where uses share no factor, which sizes alone do not tell."""
     (first, *others) = forms
-    if not others and isinstance(first, Patched) and kernels.reads_patches(first.rows.device):
+    if not others and isinstance(first, Patched) and kernels.native_there(first.rows.device):
         return first
     merged = merge(list(map(written_out, forms)))
     return merged[0] if len(merged) == 1 and isinstance(merged[0], Outer) else None

@@ -195,13 +195,8 @@ def _places(
     return tables(image.shape[1], sizes, window.kernel, window.stride, window.dilation, positions)
 
 
-def shares_factors(device: torch.device) -> bool:
-    """Whether a Gram matrix that several norms need is formed once there."""
-    return _native(device) and available(device)
-
-
-def reads_patches(device: torch.device) -> bool:
-    """Whether there are kernels that find the patches of an image by themselves."""
+def native_there(device: torch.device) -> bool:
+    """Whether norms are by tiles.cpp there: it finds patches of an image, and forms once what several norms share."""
     return _native(device) and available(device)
 
 

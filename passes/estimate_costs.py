@@ -14,7 +14,7 @@ from dpcompile.errors import NoRuleError
 from dpcompile.flops import flops_of
 from dpcompile.forms import bands, crowded
 from dpcompile.ir import Backward, Group, Program, Site, Space
-from dpcompile.kernels import reads_patches, shares_factors
+from dpcompile.kernels import native_there
 from dpcompile.passes.combine import GroupReader
 from dpcompile.patches import by_kernel, together
 from dpcompile.plan import Cost, Costs, GroupCost, Method, Part, Product
@@ -108,7 +108,7 @@ def _parts(reader: GroupReader, backward: Backward, e: int, kernels: bool) -> li
 
 def _reads_patches(group: Group, sites: Sequence[Site], backward: Backward) -> bool:
     """Whether kernels find the patches of a convolution by themselves."""
-    return len(group.sites) == 1 and _as_it_is(group) and reads_patches(_device(sites[0], backward))
+    return len(group.sites) == 1 and _as_it_is(group) and native_there(_device(sites[0], backward))
 
 
 def _as_it_is(group: Group) -> bool:
@@ -153,7 +153,7 @@ def _products(
     formed = square * sum(rules.blocks(_bands(sites, sizes[T], backward), sizes[T]))
     products = [Product(Method.GHOST, grads, formed * work.p), Product(Method.GHOST, saved, formed * work.d)]
     patched = work.overlap is not None and _reads_patches(group, sites, backward)
-    if shares_factors(_device(sites[0], backward)) and not patched:
+    if native_there(_device(sites[0], backward)) and not patched:
         upper = B * sizes[G] * sizes[T] * (sizes[T] + 1)
         read = (*saved, *(() if work.overlap is None else (work.overlap.view,)))
         products += [Product(Method.FLASH, grads, upper * work.p), Product(Method.FLASH, read, upper * work.d)]

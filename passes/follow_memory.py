@@ -15,6 +15,7 @@ from dpcompile.ir import Backward, InputKind, OutputKind, Program, ancestors
 from dpcompile.memory import Bytes, Life, Root, Storages, Timeline, lives_of
 from dpcompile.passes.combine import GroupReader
 from dpcompile.passes.compute_again import backward_of, may_run_twice
+from dpcompile.passes.mark_overwrites import overwriting
 from dpcompile.plan import Costs
 
 aten = torch.ops.aten
@@ -65,8 +66,28 @@ def follow_memory(
     clip_groups = {use.clip_group for use in uses}
     segments = _segments(program, order, storages, lives, read) if len(clip_groups) == 1 else ()
     fusible = (_fusible(order, storages) - read_by_uses).union(loss)
-    masks = _masks_of_plain(order, storages)
-    return Schedule(len(order), lives | loss, tuple(uses), costs.itemsize, segments, fusible, masks, handed_out)
+    return Schedule(
+        len(order),
+        lives | loss,
+        tuple(uses),
+        costs.itemsize,
+        segments,
+        fusible,
+        _masks_of_plain(order, storages),
+        handed_out,
+        _overwritten(order, program, storages),
+    )
+
+
+def _overwritten(order: Sequence[fx.Node], program: Program, storages: Storages) -> frozenset[Root]:
+    """Values that the last of the ops to read them writes over, as calls of the emitted graph are."""
+    (output,) = program.graph.find_nodes(op="output")
+    found: set[Root] = set()
+    for node, position in overwriting([*order, output], storages):
+        operand = node.args[position]
+        assert isinstance(operand, fx.Node)
+        found.update(root for root in storages.of(operand) if storages.sizes[root] == storages.sizes[node.name, 0])
+    return frozenset(found)
 
 
 def _loss_outside(program: Program, lives: Mapping[Root, Life]) -> dict[Root, Life]:

@@ -6,6 +6,8 @@ have to come from outside the caches. Compilers arrange memory themselves.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from torch import fx
 
 from dpcompile.chain_ops import NUMBERS
@@ -17,8 +19,13 @@ from dpcompile.passes.scale_in_place import fits
 
 def mark_overwrites(program: Program) -> Program:
     """The program, whose nodes have the mark: the position of the operand."""
-    storages = Storages(program, eager=True)
-    order = list(program.graph.nodes)
+    for node, position in overwriting(list(program.graph.nodes), Storages(program, eager=True)):
+        node.meta[OVER] = position
+    return program
+
+
+def overwriting(order: Sequence[fx.Node], storages: Storages) -> Iterator[tuple[fx.Node, int]]:
+    """Such ops among some in this order, each with the position of the operand."""
     made = {node.name for node in order if node.op == "call_function"}
     last: dict[Root, fx.Node] = {}
     moving: set[Root] = set()  # that chains read, which may move
@@ -37,6 +44,5 @@ def mark_overwrites(program: Program) -> Program:
             others = [storages.possible(other) for other in node.all_input_nodes if other is not operand]
             free = made.issuperset(root[0] for root in roots) and roots.isdisjoint(moving.union(*others))
             if free and all(last[root] is node for root in roots) and fits(node, operand, {root[0] for root in roots}):
-                node.meta[OVER] = i
+                yield node, i
                 break
-    return program

@@ -31,7 +31,7 @@ def shared(program: Program) -> None:
     together: nx.Graph = nx.Graph()
     for node in graph.find_nodes(op="call_function", target=kernels.PAIRED):
         rows, cols, wide = node.args
-        if kernels.shares_factors(node.meta["val"].device):
+        if kernels.native_there(node.meta["val"].device):
             together.add_edges_from((node, (factor, wide)) for factor in (rows, cols))
     position = {node: i for i, node in enumerate(graph.nodes)}
     for component in list(nx.connected_components(together)):

@@ -178,6 +178,17 @@ def test_masks_of_dropout_and_the_last_layer_of_plain_training_are_counted() -> 
     assert memory.plain == pytest.approx(peak_of(step), rel=0.01)
 
 
+def test_gradients_that_are_written_over_are_counted_once() -> None:
+    wide = nn.Sequential(nn.Linear(16, 512), nn.GELU(), nn.GELU(), nn.GELU(), nn.Linear(512, 4))
+    sample = torch.randn(BATCH, 40, 16)
+    dp_model = dpcompile(wide, sample, loss_fn=loss, sample_targets=LABELS)
+    dp_model(sample, targets=LABELS).backward()
+    wide.zero_grad(set_to_none=True)
+    memory = dp_model.plan.memory
+    assert memory is not None
+    assert memory.peak == pytest.approx(peak_of(lambda: dp_model(sample, targets=LABELS)), rel=0.02)
+
+
 @pytest.mark.parametrize("clip_groups", ["flat", "per-layer"])
 @pytest.mark.parametrize("build", [perceptron, images])
 def test_no_plan_within_the_budget_is_faster(build: Callable[[], tuple[nn.Module, Tensor]], clip_groups: str) -> None:

@@ -90,7 +90,7 @@ time of parameter gradients     21.9us   58.1us   2.65
 layer inputs booked             49.9kB   49.9kB   1.00
 held until the clip factors         0B   77.6kB
 alive during one norm, at most      0B   6.91kB
-peak memory of a step            118kB    156kB   1.32
+peak memory of a step            118kB    153kB   1.29
 
 choices: 1 ghost, 9 kept, 6 flash
 flip: paper ghost iff 2*T**2 < d*p, that is T < sqrt(2)*sqrt(d)*sqrt(p)/2; auto ghost as fast as kept at T = flip T
