@@ -114,7 +114,7 @@ def keep_freed_memory() -> None:
     except (AttributeError, OSError, TypeError):
         return  # not glibc
     no_mmap, trim_threshold, top_pad = -4, -1, -2  # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-    for option, value in ((no_mmap, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28)):
+    for option, value in ((no_mmap, 0), (trim_threshold, -1), (top_pad, 2**28)):  # -1: never
         mallopt(option, value)
 
 
