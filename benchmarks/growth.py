@@ -33,6 +33,7 @@ import torch
 from families import AXES, FAMILIES, Sizes, gpt2
 from rich.console import Console
 from rich.table import Table
+from spreads import spread_text
 from step_time import (
     MAX_GRAD_NORM,
     describe_run,
@@ -44,7 +45,6 @@ from step_time import (
     relative_error,
     reset_peak,
     resident_bytes,
-    spread_text,
     summarize,
 )
 

@@ -33,7 +33,8 @@ import torch
 from plans import Bench, Decisions
 from rich.console import Console
 from rich.table import Table
-from step_time import describe_run, keep_freed_memory, open_console, spread, spread_text
+from spreads import spread, spread_text
+from step_time import describe_run, keep_freed_memory, open_console
 from workloads import WORKLOADS
 
 from dpcompile.plan import Method

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from spreads import spread
 from step_time import (
     MAX_GRAD_NORM,
     MEASUREMENT_SECONDS,
@@ -18,7 +19,6 @@ from step_time import (
     load,
     relative_error,
     seconds_per_step,
-    spread,
 )
 from torch import Tensor
 from workloads import Workload

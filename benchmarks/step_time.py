@@ -43,6 +43,7 @@ from page import page
 from peers import PEERS, peer_step
 from rich.console import Console
 from rich.table import Table
+from spreads import ratio_of, spread_text
 from torch import Tensor, nn
 from workloads import WORKLOADS, Workload
 
@@ -280,20 +281,8 @@ def summarize(records: dict[str, Any]) -> None:
             continue
         record["median_seconds"] = statistics.median(record["seconds"])
         for base in ("plain-eager", "plain-compiled"):
-            if base not in records:
-                continue
-            ratios = [t / b for t, b in zip(record["seconds"], records[base]["seconds"], strict=True)]
-            record[f"ratio_to_{base}"] = spread(ratios)
-
-
-def spread(values: list[float]) -> dict[str, Any]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": middle, "quartiles": [low, high]}
-
-
-def spread_text(ratio: dict[str, Any]) -> str:
-    low, high = ratio["quartiles"]
-    return f"{ratio['median']:.2f} ({low:.2f}–{high:.2f})"
+            if base in records:
+                record[f"ratio_to_{base}"] = ratio_of(record, records[base])
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

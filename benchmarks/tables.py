@@ -1,4 +1,4 @@
-"""Results of step_time.py, predictions.py and least_memory.py as the Markdown tables of docs/speed.md.
+"""Results of step_time.py, predictions.py and least_memory.py as the Markdown tables of docs/speed.md, and the aims.
 
 python benchmarks/tables.py benchmarks/results/cpu/*.json
 """
@@ -12,8 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from spreads import ratio_of, spread_text
+
 FORMS = ("split", "fused")
 MODES = ("eager", "compiled")
+AIMS = {
+    "split-eager": (1.10, 1.25),
+    "fused-eager": (1.10, 1.25),
+    "split-compiled": (1.10, 1.20),
+    "fused-compiled": (1.05, 1.15),
+}
+"""Of each method over plain training of its mode: geometric mean over the workloads, and the most of any."""
+MEMORY_AIM, OPACUS_AIM = 1.10, 2.5
 
 
 def main() -> None:
@@ -26,6 +36,8 @@ def main() -> None:
     if steps:
         print("\n".join(step_table(steps)) + "\n")
         print("\n".join(memory_table(steps)) + "\n")
+        print("\n".join(peer_table(steps)) + "\n")
+        print("\n".join(aims(steps)) + "\n")
     if predicted:
         print("\n".join(prediction_table(predicted)) + "\n")
     least = {name: own for report in reports for name, own in report.get("least_memory", {}).items()}
@@ -58,13 +70,85 @@ def step_table(models: dict[str, Any]) -> list[str]:
                 cells.append("refuses" if "refused" in record else "")
                 continue
             found.setdefault(method, []).append(ratio["median"])
-            low, high = ratio["quartiles"]
-            cells.append(f"{ratio['median']:.2f} ({low:.2f}–{high:.2f})")
+            cells.append(spread_text(ratio))
         errors = [r["gradient_error"] for m, r in own.items() if m.partition("-")[0] in FORMS]
         lines.append(row([*cells, f"{max(errors):.0e}"]))
     methods = [*(f"{f}-{m}" for f, m in columns), *peers]
     means = [f"{statistics.geometric_mean(found[m]):.2f}" if m in found else "" for m in methods]
     return [*lines, row(["geometric mean", *means, ""])]
+
+
+def over(models: dict[str, Any], method: str, base: str) -> dict[str, dict[str, Any]]:
+    """By workload, where both were run: median and quartiles of the ratio of their times within a round."""
+    found = {}
+    for name, own in models.items():
+        if "seconds" in own.get(method, {}) and "seconds" in own.get(base, {}):
+            found[name] = ratio_of(own[method], own[base])
+    return found
+
+
+def peer_table(models: dict[str, Any]) -> list[str]:
+    """Time of peers over the fused step, memory of a compiled vmap over it, and the errors of their gradients."""
+    pairs = [
+        ("opacus-hooks", "fused-eager"),
+        ("opacus-hooks", "fused-compiled"),
+        ("opacus-ghost", "fused-eager"),
+        ("vmap-compiled", "fused-compiled"),
+    ]
+    peers = list(dict.fromkeys(peer for peer, _ in pairs))
+    timed = [over(models, *pair) for pair in pairs]
+    heads = [f"{peer} over {base}" for peer, base in pairs]
+    lines = header(["", *heads, "memory, vmap over fused-compiled", *(f"error, {peer}" for peer in peers)])
+    for name, own in models.items():
+        if not any(peer in own for peer in peers):
+            continue
+        cells = [name]
+        for (peer, _), ratios in zip(pairs, timed, strict=True):
+            refused = "refused" in own.get(peer, {})
+            cells.append("refuses" if refused else spread_text(ratios[name]) if name in ratios else "")
+        bytes_of = [own.get(method, {}).get("peak_bytes") for method in ("vmap-compiled", "fused-compiled")]
+        cells.append(f"{bytes_of[0] / bytes_of[1]:.1f}" if all(bytes_of) else "")
+        errors = [own.get(peer, {}).get("gradient_error") for peer in peers]
+        lines.append(row([*cells, *("" if error is None else f"{error:.0e}" for error in errors)]))
+    means = [f"{mean_of(ratios):.2f}" if ratios else "" for ratios in timed]
+    return [*lines, row(["geometric mean", *means, "", *[""] * len(peers)])]
+
+
+def aims(models: dict[str, Any]) -> list[str]:
+    """What was aimed at, and what was measured."""
+    lines = header(["", "aim", "measured"])
+    for method, (middle, most) in AIMS.items():
+        form, _, mode = method.partition("-")
+        ratios = over(models, method, f"plain-{mode}")
+        if ratios:
+            worst = max(ratios, key=lambda name: ratios[name]["median"])
+            found = f"{mean_of(ratios):.3f}, at most {ratios[worst]['median']:.3f} ({worst})"
+            lines.append(row([f"time, {form}, {mode}, over plain", f"{middle:.2f}, at most {most:.2f}", found]))
+    peaks = {
+        (name, method): own[method]["peak_bytes"] / own[f"plain-{method.partition('-')[2]}"]["peak_bytes"]
+        for name, own in models.items()
+        for method in AIMS
+        if "peak_bytes" in own.get(method, {})
+    }
+    if peaks:
+        name, method = max(peaks, key=lambda key: peaks[key])
+        lines.append(
+            row(["memory over plain", f"at most {MEMORY_AIM:.2f}", f"{peaks[name, method]:.3f} ({name}, {method})"])
+        )
+    for base in ("fused-eager", "fused-compiled"):
+        if ratios := over(models, "opacus-hooks", base):
+            found = f"{mean_of(ratios):.2f} over {len(ratios)} workloads"
+            lines.append(row([f"opacus-hooks over {base}", f"at least {OPACUS_AIM}", found]))
+    if ratios := over(models, "vmap-compiled", "fused-compiled"):
+        least = min(ratios, key=lambda name: ratios[name]["median"])
+        slower = sum(ratio["median"] > 1 for ratio in ratios.values())
+        found = f"{spread_text(ratios[least])} ({least}); above 1 on {slower} of {len(ratios)}"
+        lines.append(row(["vmap-compiled over fused-compiled, least", "above 1", found]))
+    return lines
+
+
+def mean_of(ratios: dict[str, dict[str, Any]]) -> float:
+    return statistics.geometric_mean([ratio["median"] for ratio in ratios.values()])
 
 
 def memory_table(models: dict[str, Any]) -> list[str]:
