@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from dpcompile import kernels
-from dpcompile.device import FORK, NARROW, DeviceSpec, device_name
+from dpcompile.device import FEW, FORK, LONG, NARROW, DeviceSpec, device_name
 from dpcompile.pools import max_pool
 
 
 def calibrated(device: torch.device, *, rounds: int = 7) -> DeviceSpec:
-    """The rates of a device that is here: medians of products 2048^3, copies of 256 MB, small ops and attention."""
+    """The rates of a device that is here: medians of products 2048^3, copies of 256 MB, small ops and so on."""
     n = 2048
     a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
     source = torch.ones(2**26, device=device)
@@ -48,6 +48,8 @@ def calibrated(device: torch.device, *, rounds: int = 7) -> DeviceSpec:
         kernel_flops_per_s=norms,
         s_per_tanh=tanh,
         s_per_maximum=maximum,
+        convolution_flops_per_s=_of_convolutions(16, 128, LONG, device, rounds),
+        few_flops_per_s=_of_convolutions(32, 512, FEW, device, rounds),
     )
 
 
@@ -58,6 +60,19 @@ def _of_kernels(device: torch.device, rounds: int) -> float:
     rows, cols = torch.randn(16, 128, 256, device=device), torch.randn(16, 128, 1024, device=device)
     taken = _median(lambda: [kernels.PAIRED(rows, cols, False) for _ in range(4)], device, rounds) / 4
     return len(rows) * 128 * 129 * (rows.shape[2] + cols.shape[2]) / taken
+
+
+def _of_convolutions(samples: int, channels: int, side: int, device: torch.device, rounds: int) -> float:
+    """Forward and backward of kernels of 3 x 3."""
+    images = torch.randn(samples, channels, side, side, device=device)
+    kernel = torch.randn(channels, channels, 3, 3, device=device)
+    how = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+
+    def step() -> None:
+        torch.ops.aten.convolution(images, kernel, None, *how)
+        torch.ops.aten.convolution_backward(images, images, kernel, None, *how, [True, True, False])
+
+    return 3 * 2 * samples * side**2 * kernel.numel() / _median(step, device, rounds)
 
 
 def _median(run: Callable[[], Any], device: torch.device, rounds: int) -> float:

@@ -12,6 +12,8 @@ import torch
 
 NARROW = 32
 """The smallest side of a product at which its rate is measured, beside that of a wide one."""
+LONG, FEW = 32, 4
+"""Positions in a row of the images at which the rate of convolutions is measured."""
 FORK = 2**15
 """Elements from which a CPU shares an op among threads (at::internal::GRAIN_SIZE)."""
 
@@ -29,6 +31,8 @@ class DeviceSpec:
     kernel_flops_per_s: float = 0.0  # sustained rate of our own kernels for norms; 0: that of products
     s_per_tanh: float = 0.0  # of an element, where that takes longer than to write it
     s_per_maximum: float = 0.0  # of an element of pooling's result
+    convolution_flops_per_s: float = 0.0  # sustained rate of convolutions with rows of LONG positions; 0: of products
+    few_flops_per_s: float = 0.0  # the same with rows of FEW
 
     def time_s(self, flops: float, bytes_moved: float, calls: float = 0) -> float:
         """Arithmetic, memory traffic and calls one after the other: an upper bound, the same for every candidate."""
@@ -45,11 +49,22 @@ class DeviceSpec:
         share = NARROW / max(side, NARROW)
         return 1 / ((1 - share) / self.flops_per_s + share / self.narrow_flops_per_s)
 
+    def convolution_rate(self, row: float) -> float:
+        """Flops per second of a convolution by the positions of a row.
+
+        These share what it takes to load and store sums: by 1 / row between the two rates that are known. Shorter and
+        longer rows are taken for the nearer of the two.
+        """
+        if not (self.convolution_flops_per_s and self.few_flops_per_s):
+            return self.flops_per_s
+        share = (1 / min(max(row, FEW), LONG) - 1 / LONG) / (1 / FEW - 1 / LONG)
+        return 1 / ((1 - share) / self.convolution_flops_per_s + share / self.few_flops_per_s)
+
 
 # Sustained on two cores of a server CPU with AVX-512: sgemm 4096^3, a copy of 1 GB, a small convolution's backward, a
 # sum of small tensors and one that two threads share, attention of 64 heads over 128 positions, sgemm 32 x 256 x 1024,
-# ghost norms by a kernel, tanh and max-pooling of millions of elements.
-CPU = DeviceSpec("cpu", 1.5e11, 1.2e10, 1.5e-4, 3e-6, 5e-5, 4.5e10, 7e10, 9e10, 2e-9, 3e-9)
+# ghost norms by a kernel, tanh and max-pooling of millions of elements, convolutions of images of 32 x 32 and 4 x 4.
+CPU = DeviceSpec("cpu", 1.5e11, 1.2e10, 1.5e-4, 3e-6, 5e-5, 4.5e10, 7e10, 9e10, 2e-9, 3e-9, 1.4e11, 9.5e10)
 # Data sheets at 60 % of the peaks, float32 without TF32: H100 SXM 67e12 and HBM3 3.35e12 B/s, A100 19.5e12 and 2.0e12.
 CUDA = DeviceSpec("cuda", 4.0e13, 2.0e12, 1e-5, 5e-6)
 NAMED = {

@@ -31,8 +31,8 @@ aten = torch.ops.aten
 
 _LAID_OUT = (aten.convolution.default, convolution, aten.convolution_backward.default)
 """Ops of oneDNN that bring images and weight into an order of their own, and the result back: as much traffic again."""
-_FEW = 3
-"""Positions whose products take as long as to load and store their sums."""
+_STRIDED = 2
+"""Times its flops that a convolution with strides takes about, as it does not run through memory in order."""
 _OURS = (*kernels.OPS, patches.OP, patches.SQUARES, patches.SUM)
 
 
@@ -58,7 +58,7 @@ def times(program: Program, device: DeviceSpec, batch_size: int) -> dict[fx.Node
         moved = sum(storages.size_of(tensor).at(batch_size) for tensor in tensors)
         elements = storages.size_of(tensors[0]).at(batch_size) / tensors[0].element_size()
         laid_out = node.target in _LAID_OUT and device.s_per_fork > 0  # on a CPU
-        flops = _number(flops_of(node), sizes) * (_effort(node, sizes) if laid_out else 1.0)
+        flops = _number(flops_of(node), sizes) * (_STRIDED if laid_out and _strided(node) else 1)
         rate = _rate(node, device, sizes)
         shared = bool(flops) or elements >= FORK
         slow = elements * _slow(device).get(node.target, 0.0)
@@ -73,21 +73,24 @@ def _rate(node: fx.Node, device: DeviceSpec, sizes: Mapping[sympy.Symbol, int]) 
         return device.attention_flops_per_s
     if (node.target in _OURS or by_kernel(node)) and device.kernel_flops_per_s:
         return device.kernel_flops_per_s
+    if node.target in _LAID_OUT:
+        return device.convolution_rate(_row(node, sizes))
     sides = [_number(size_of(side), sizes) for side in sides_of(node)]
     return device.product_rate(min(sides)) if sides else device.flops_per_s
 
 
-def _effort(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> float:
-    """Times its flops that a convolution of oneDNN takes about: sums of few positions are mostly loads and stores, and
-    with strides it does not run through memory in order."""
+def _row(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> float:
+    """Positions of a convolution that lie side by side: those of a row, or all where a patch is a single one."""
     backward = node.target is aten.convolution_backward.default
     positions = (node.args[0].meta["val"] if backward else node.meta["val"]).shape[2:]  # type: ignore[union-attr]
     weight = node.args[2 if backward else 1].meta["val"]  # type: ignore[union-attr]
-    stride = node.args[4 if backward else 3]
     row = positions if all(size == 1 for size in weight.shape[2:]) else positions[-1:]
-    together = math.prod(_number(size_of(size), sizes) for size in row)
-    of_weight = backward and node.args[-1][1]  # type: ignore[index]
-    return (1 + (_FEW if of_weight else 1) / together) * (1 if all(step == 1 for step in stride) else 2)  # type: ignore[union-attr]
+    return math.prod(_number(size_of(size), sizes) for size in row)
+
+
+def _strided(node: fx.Node) -> bool:
+    stride = node.args[4 if node.target is aten.convolution_backward.default else 3]
+    return any(step != 1 for step in stride)  # type: ignore[union-attr]
 
 
 def _number(count: Any, sizes: Mapping[sympy.Symbol, int]) -> float:

@@ -27,7 +27,7 @@ from dpcompile.api import Analysis, prove
 from dpcompile.budget import Schedule
 from dpcompile.cli import app
 from dpcompile.clipping import clipping_of
-from dpcompile.device import CPU, NARROW, DeviceSpec, device_name, spec_for
+from dpcompile.device import CPU, FEW, LONG, NARROW, DeviceSpec, device_name, spec_for
 from dpcompile.errors import DPCompileError
 from dpcompile.largest import largest_batches
 from dpcompile.live_memory import peak_of
@@ -399,6 +399,7 @@ def test_calibrated_rates_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert spec.name == device_name(torch.device("cpu"))
     assert 1e8 < spec.flops_per_s < 1e14
     assert 1e8 < spec.bytes_per_s < 1e13
+    assert all(1e8 < rate < 1e14 for rate in (spec.convolution_flops_per_s, spec.few_flops_per_s))
     model, sample = perceptron()
     analysis = prove(model, sample).conclude()
     assert analysis.plan().device == spec
@@ -414,6 +415,17 @@ def test_products_have_their_rate_by_their_smallest_side() -> None:
     assert rates[2] == pytest.approx(8e10)  # half of what is beside the arithmetic
     assert 0.97 * 2e11 < rates[4] < 2e11
     assert replace(spec, narrow_flops_per_s=0.0).product_rate(NARROW) == 2e11
+
+
+@pytest.mark.parametrize("few", [5e10, 3e11])
+def test_convolutions_have_their_rate_by_the_positions_of_a_row(few: float) -> None:
+    spec = DeviceSpec("some", 2e11, 1e10, convolution_flops_per_s=1e11, few_flops_per_s=few)
+    assert [spec.convolution_rate(row) for row in (1, FEW)] == pytest.approx([few, few])
+    assert [spec.convolution_rate(row) for row in (LONG, 1000)] == pytest.approx([1e11, 1e11])
+    between = [spec.convolution_rate(row) for row in range(FEW, LONG + 1)]
+    assert between == sorted(between, reverse=few > 1e11)
+    assert 1 / spec.convolution_rate(64 / 9) == pytest.approx((1e-11 + 1 / few) / 2)  # 1 / row half way
+    assert DeviceSpec("other", 2e11, 1e10).convolution_rate(8) == 2e11
 
 
 # ---------------------------------------------------------------- what is saved for the backward
