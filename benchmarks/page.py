@@ -1,6 +1,6 @@
 """Results as a page to read: bars of time and memory against plain training, lines of growth, and every number.
 
-python benchmarks/page.py benchmarks/results/cpu/*.json --html page.html
+python benchmarks/page.py benchmarks/results/epyc/*.json --html page.html
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Results of step_time.py, predictions.py and least_memory.py as the Markdown tables of docs/speed.md, and the aims.
 
-python benchmarks/tables.py benchmarks/results/cpu/*.json
+python benchmarks/tables.py benchmarks/results/epyc/*.json
 """
 
 from __future__ import annotations
