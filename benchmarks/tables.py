@@ -125,10 +125,10 @@ def aims(models: dict[str, Any]) -> list[str]:
             found = f"{mean_of(ratios):.3f}, at most {ratios[worst]['median']:.3f} ({worst})"
             lines.append(row([f"time, {form}, {mode}, over plain", f"{middle:.2f}, at most {most:.2f}", found]))
     peaks = {
-        (name, method): own[method]["peak_bytes"] / own[f"plain-{method.partition('-')[2]}"]["peak_bytes"]
+        (name, method): own[method]["peak_bytes"] / own[plain]["peak_bytes"]
         for name, own in models.items()
-        for method in AIMS
-        if "peak_bytes" in own.get(method, {})
+        for method, plain in ((method, f"plain-{method.partition('-')[2]}") for method in AIMS)
+        if all("peak_bytes" in own.get(each, {}) for each in (method, plain))
     }
     if peaks:
         name, method = max(peaks, key=lambda key: peaks[key])

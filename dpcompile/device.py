@@ -63,7 +63,8 @@ class DeviceSpec:
 
 # Sustained on two cores of a server CPU with AVX-512: sgemm 4096^3, a copy of 1 GB, a small convolution's backward, a
 # sum of small tensors and one that two threads share, attention of 64 heads over 128 positions, sgemm 32 x 256 x 1024,
-# ghost norms by a kernel, tanh and max-pooling of millions of elements, convolutions of images of 32 x 32 and 4 x 4.
+# ghost norms by a kernel, tanh and max-pooling of millions of elements. The rates of convolutions are not measured:
+# they are that of products with what short rows of positions were seen to cost in whole steps.
 CPU = DeviceSpec("cpu", 1.5e11, 1.2e10, 1.5e-4, 3e-6, 5e-5, 4.5e10, 7e10, 9e10, 2e-9, 3e-9, 1.4e11, 9.5e10)
 # Data sheets at 60 % of the peaks, float32 without TF32: H100 SXM 67e12 and HBM3 3.35e12 B/s, A100 19.5e12 and 2.0e12.
 CUDA = DeviceSpec("cuda", 4.0e13, 2.0e12, 1e-5, 5e-6)
