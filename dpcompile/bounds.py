@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dpcompile.forms import OneHot, Outer, Patched, doubled, dtype_of, in_float64, length_of
+from dpcompile.forms import Explicit, OneHot, Outer, Patched, added_onto, doubled, dtype_of, in_float64, length_of
 from dpcompile.rounding import gamma, row_norms, storage_unit
 from dpcompile.shapes import is_one
 
@@ -14,16 +14,28 @@ SECOND_ORDER = 1.001
 """Covers products of bounds, each below 1e-4, and the rounding of the bounds themselves."""
 
 
-def sum_gamma(form: Outer | OneHot | Patched) -> float:
-    """Error of the clipped sum of one sample against sum_t |rows_t| |cols_t|: scaling, products, T terms, storage."""
-    return explicit_gamma(in_float64(form) if doubled(form) else form)
+def sum_gamma(form: Outer | OneHot | Patched, later: int | torch.SymInt = 0) -> float:
+    """Error of the clipped sum of one sample against sum_t |rows_t| |cols_t|: scaling, products, T terms, storage.
+
+    `later`: terms that are added to what these have given.
+    """
+    return explicit_gamma(in_float64(form) if doubled(form) else form, later)
 
 
-def explicit_gamma(form: Outer | OneHot | Patched) -> float:
-    """The same for products that are added up in the type of the factors."""
+def sum_gammas(forms: Sequence[Outer | OneHot | Patched | Explicit]) -> list[float]:
+    """The same for each of several uses, to which look-ups are added (forms.weighted_sums); of `Explicit`, 0."""
+    later = sum(length_of(form) for form in forms if isinstance(form, OneHot) and added_onto(form, forms))
+    return [
+        0.0 if isinstance(form, Explicit) else sum_gamma(form, 0 if isinstance(form, OneHot) else later)
+        for form in forms
+    ]
+
+
+def explicit_gamma(form: Outer | OneHot | Patched, later: int | torch.SymInt = 0) -> float:
+    """The same for products that are added up in the type of the factors, and so many terms behind them."""
     dtype = dtype_of(form)
     wide = torch.float32 if storage_unit(dtype) else dtype
-    return SECOND_ORDER * (gamma(length_of(form) + 4, wide) + storage_unit(dtype))
+    return SECOND_ORDER * (gamma(length_of(form) + later + 4, wide) + storage_unit(dtype))
 
 
 def sum_of_lengths(form: Outer | OneHot) -> torch.Tensor:

@@ -21,7 +21,7 @@ from typing import cast
 import torch
 
 from dpcompile import kernels
-from dpcompile.bounds import SECOND_ORDER, explicit_gamma, never_negative, over_groups, sum_gamma, sum_of_lengths
+from dpcompile.bounds import SECOND_ORDER, explicit_gamma, never_negative, over_groups, sum_gammas, sum_of_lengths
 from dpcompile.forms import (
     Explicit,
     Form,
@@ -124,11 +124,11 @@ def dropped_norm(forms: Sequence[Form], *, tiled: bool = False) -> torch.Tensor:
     grads: list[torch.Tensor] = []
     error = 0.0
     merged = list(map(written_out, merge(forms)))
-    for form in merged:
+    for form, in_sum in zip(merged, sum_gammas(merged), strict=True):
         made = form
         if not isinstance(form, Explicit):
             made = in_float64(form) if doubled(form) else form
-            error = error + (explicit_gamma(made) + sum_gamma(form)) * sum_of_lengths(form)
+            error = error + (explicit_gamma(made) + in_sum) * sum_of_lengths(form)
         grads.append(segment_sums(made) if isinstance(made, OneHot) and len(merged) == 1 else explicit(made))
     grad = added(grads)
     square = sq_norm(grad) * (1 + 4 * storage_unit(grad.dtype))  # what was written down is not what the sum adds
@@ -164,12 +164,13 @@ def ghost_norm(forms: Sequence[Outer | OneHot | Patched], *, flash: bool = False
         return flash_norm(use)
     wide = any(map(doubled, merged))
     uses = [_measured(in_float64(form) if wide else form, flash=flash) for form in merged]
+    in_sum = sum_gammas(merged)
     square = uses[0].square
-    error = sum_gamma(merged[0]) * uses[0].length
+    error = in_sum[0] * uses[0].length
     for k, left in enumerate(uses):
         if k:
             square = square + left.square
-            error = error + sum_gamma(merged[k]) * left.length
+            error = error + in_sum[k] * left.length
         for right in uses[k + 1 :]:
             square = square + 2 * _cross(left, right)
     return torch.stack([never_negative(square), error.square()])

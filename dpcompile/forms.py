@@ -191,9 +191,12 @@ def explicit_sum(forms: Sequence[Form]) -> torch.Tensor:
 def _scattered(form: OneHot, grad: torch.Tensor) -> torch.Tensor:
     """[B, *shape]: a gradient to which those of a look-up are added."""
     order = (*form.row_dims, *form.col_dims)
-    blocks = grad.permute(0, *(1 + dim for dim in order)).flatten(2)
-    index_BTd = form.index_BT.unsqueeze(-1).expand(form.cols_BTd.shape)
-    return _to_shape(blocks.scatter_add(1, index_BTd, form.cols_BTd), form, batched=True)
+    table_BVd = grad.permute(0, *(1 + dim for dim in order)).flatten(2)
+    batch, rows = table_BVd.shape[:2]
+    first_B1 = torch.arange(batch, device=grad.device).unsqueeze(1) * rows
+    index = (form.index_BT + first_B1).flatten()
+    added_to = table_BVd.flatten(0, 1).index_add(0, index, form.cols_BTd.flatten(0, 1))
+    return _to_shape(added_to.unflatten(0, (batch, rows)), form, batched=True)
 
 
 def _in_order(form: Outer) -> Outer:
@@ -295,10 +298,9 @@ def weighted_sum(
     if isinstance(form, Explicit):
         return weighted_sum_kept(form.grad, weight_B, finite_B)
     if isinstance(form, OneHot):
-        scaled = _scaled(_finite(form.cols_BTd, finite_B), weight_B)
-        rows = form.shape[form.row_dims[0]]
-        total = scaled.new_zeros(rows, scaled.shape[-1]).index_add(0, form.index_BT.flatten(), scaled.flatten(0, 1))
-        return _to_shape(total, form, batched=False)
+        wide = _wide(form.cols_BTd.dtype)  # equal places are added up before anything is rounded to a narrow type
+        zeros = form.cols_BTd.new_zeros(form.shape, dtype=wide)
+        return _looked_up(form, zeros, weight_B, finite_B).to(form.cols_BTd.dtype)
     if doubled(form):
         return weighted_sum(in_float64(form), weight_B, finite_B).to(dtype_of(form))
     if isinstance(form, Patched):
@@ -317,6 +319,37 @@ def weighted_sum(
     else:
         total = rows.transpose(0, 1).flatten(1, 2).transpose(1, 2) @ cols.transpose(0, 1).flatten(1, 2)
     return _to_shape(total, form, batched=False)
+
+
+def weighted_sums(
+    forms: Sequence[Form], weight_B: torch.Tensor, finite_B: torch.Tensor | None = None, *, streamed: bool = False
+) -> torch.Tensor:
+    """The same of several uses. Look-ups are added to the sum of the others where that is in memory, and not first to
+    zeros: a table is as large as a model's other parameters together.
+    """
+    into = [form for form in forms if isinstance(form, OneHot) and added_onto(form, forms)]
+    total = added([weighted_sum(form, weight_B, finite_B, streamed=streamed) for form in forms if form not in into])
+    for form in into:
+        total = _looked_up(form, total, weight_B, finite_B)
+    return total
+
+
+def added_onto(form: Form, forms: Sequence[Form]) -> bool:
+    """Whether a use is a look-up that is added to the sum of dense ones: in their type, neither narrow nor doubled."""
+    dense = [other for other in forms if not isinstance(other, OneHot)]
+    if not isinstance(form, OneHot) or not dense or _wide(form.cols_BTd.dtype) is not form.cols_BTd.dtype:
+        return False
+    return all(isinstance(o, Outer) and dtype_of(o) is form.cols_BTd.dtype and not doubled(o) for o in dense)
+
+
+def _looked_up(
+    form: OneHot, total: torch.Tensor, weight_B: torch.Tensor, finite_B: torch.Tensor | None
+) -> torch.Tensor:
+    """A sum of the value's shape, to which that of a look-up is added."""
+    scaled = _scaled(_finite(form.cols_BTd, finite_B), weight_B).to(total.dtype)
+    table_Vd = total.permute(*form.row_dims, *form.col_dims).reshape(form.shape[form.row_dims[0]], -1)
+    table_Vd = table_Vd.index_add(0, form.index_BT.flatten(), scaled.flatten(0, 1))
+    return _to_shape(table_Vd, form, batched=False)
 
 
 IN_PLACE = 1.5

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from dpcompile.forms import added, weighted_sum, weighted_sum_kept
+from dpcompile.forms import added, weighted_sum_kept, weighted_sums
 from dpcompile.inline import inline
 from dpcompile.ir import Chain, Draft, Output, OutputKind, Space
 from dpcompile.passes.combine import GroupReader
@@ -75,7 +75,7 @@ def sum_function(reader: GroupReader, method: Method) -> Callable[..., list[torc
 
     def clipped(factor: torch.Tensor, finite: torch.Tensor | None, *tensors: torch.Tensor) -> list[torch.Tensor]:
         streamed = method is Method.STREAMED
-        return [added([weighted_sum(form, factor, finite, streamed=streamed) for form in reader.combined(tensors)])]
+        return [weighted_sums(reader.combined(tensors), factor, finite, streamed=streamed)]
 
     return clipped
 
