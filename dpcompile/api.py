@@ -31,7 +31,7 @@ from dpcompile.passes.drop_tangents import drop_tangents
 from dpcompile.passes.estimate_costs import estimate_costs
 from dpcompile.passes.find_sites import find_sites
 from dpcompile.passes.fix_batch import fix_batch
-from dpcompile.passes.follow_memory import follow_memory
+from dpcompile.passes.follow_memory import follow_memory, peak_when_compiled
 from dpcompile.passes.fuse_products import fuse_products
 from dpcompile.passes.insert_norms import insert_norms
 from dpcompile.passes.keep_layouts import keep_layouts
@@ -221,11 +221,18 @@ class Analysis:
             measured=measured,
             again=partial(self._seconds_again, schedule, device, size),
             rest=partial(steptime.seconds, self.backward.program, device, size),
+            written=partial(self._peak_when_compiled, clipping) if self.fused else None,
         )
         plan = with_again(plan, self._readers(self.backward), self.backward.program)
         sizes = (size.node.hint for size in self.program.lengths)
         lengths = dict(zip((length.name for length in self.call.lengths), sizes, strict=True))
         return replace(plan, checkpointed=self.captured.checkpointed, lengths=lengths)
+
+    def _peak_when_compiled(self, clipping: Clipping | None, plan: Plan) -> float:
+        """By the emitted graph, which the plan's gradients and recomputed values are in."""
+        plan = with_again(plan, self._readers(self.backward), self.backward.program)
+        emitted = self.emit(plan, clipping)
+        return peak_when_compiled(emitted.compiled, emitted.sums, plan.batch_size)
 
     def with_least(self, plan: Plan) -> Plan:
         """The plan with the lowest peak that any plan has, at its batch size."""

@@ -130,13 +130,16 @@ class Schedule:
     of_plain: Mapping[Root, Bytes] = field(default_factory=dict)  # values that are larger in plain training, eager
     handed_out: Mapping[Root, Life] = field(default_factory=dict)  # outputs as the graph itself reads them
     overwritten: frozenset[Root] = frozenset()  # by the last op that reads them, in eager private training
+    gathered: bool = False  # the parts of a tied parameter's plain gradient are formed where they are added up
 
     def compiled(self) -> Schedule:
         """The same under a compiler, about: it may compute what is fusible wherever that is read, and outputs go into a
-        loss that is compiled with them, so that nobody holds them."""
+        loss that is compiled with them, so that nobody holds them. Inductor moves ops to what reads them
+        (reorder_for_locality): the parts of a tied parameter's gradient to their sum."""
         lives = {**self.lives, **self.handed_out}
         lives = {r: replace(life, size=Bytes()) if r in self.fusible else life for r, life in lives.items()}
-        return replace(self, lives=lives, fusible=frozenset(), of_plain={}, handed_out={}, overwritten=frozenset())
+        own = replace(self, lives=lives, fusible=frozenset(), of_plain={}, handed_out={}, overwritten=frozenset())
+        return replace(own, gathered=True)
 
     def plain(self) -> Timeline:
         """Memory of plain training of the same graph: each use makes its part of the gradient at once."""
@@ -144,7 +147,9 @@ class Schedule:
         made: list[Life] = []
         end = 2 * self.length  # even moments are those of the ops, odd ones those behind them
         for use in self.uses:
-            for i, (at, reads) in enumerate(use.plain):
+            last = use.plain[-1][0]
+            for i, (own, reads) in enumerate(use.plain):
+                at = last if self.gathered else own
                 deaths.update({root: max(deaths[root], 2 * at + 1) for root in reads})
                 made.append(Life(use.gradient, 2 * at + 1, 2 * at + 1 if i else end - 1))  # later ones are added to it
         sizes = {root: life.size for root, life in self.lives.items()} | dict(self.of_plain)

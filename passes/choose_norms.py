@@ -33,6 +33,7 @@ def choose_norms(
     measured: Times | None = None,
     again: Callable[[], Sequence[float]] = tuple,
     rest: Callable[[], float] = float,
+    written: Callable[[Plan], float] | None = None,
 ) -> Plan:
     """The plan. Policies:
 
@@ -41,7 +42,8 @@ def choose_norms(
     - "ghost", "explicit": that one wherever it exists.
 
     `budget` is in bytes, or a factor of plain training's peak if below 100; None: see `LOOSE`. `again` tells the
-    seconds of every segment of the schedule, if it is computed again, `rest` those of a step without norms and sums.
+    seconds of every segment of the schedule, if it is computed again, `rest` those of a step without norms and sums,
+    `written` the peak of a plan's graph as a compiler is given it: asked for where the schedule alone has it too high.
 
     Raises:
         DPCompileError: no plan fits a budget that was asked for; says what would.
@@ -63,28 +65,21 @@ def choose_norms(
             for index in sorted({clipping.group_of(targets[p]) for p in group.params}):
                 together.setdefault(index, []).append(group.name)
     clip_groups = tuple(tuple(names) for names in together.values())
-    memory, segments = None, ()
-    if schedule is not None:
-        among = {
-            group.name: {m: s for m, s in times[group.name].items() if m in group.choices}
-            if policy == "auto"
-            else {choices[group.name].method: 0.0}
-            for group in costs.groups
-        }
-        choices, memory, segments = _within(schedule, choices, among, again, rest, policy, batch_size, budget)
-        segments = [name for i in segments for _, name in schedule.segments[i].ops]
-    return Plan(
-        policy,
-        device,
-        batch_size,
-        costs,
-        choices,
-        tuple(dict.fromkeys(unused)),
-        clip_groups,
-        memory,
-        measured,
-        again=tuple(segments),
-    )
+
+    def made(chosen: Mapping[str, Choice], segments: Sequence[int] = (), memory: Memory | None = None) -> Plan:
+        ops = [] if schedule is None else [name for i in segments for _, name in schedule.segments[i].ops]
+        unread = tuple(dict.fromkeys(unused))
+        return Plan(policy, device, batch_size, costs, chosen, unread, clip_groups, memory, measured, again=tuple(ops))
+
+    if schedule is None:
+        return made(choices)
+    among = {
+        group.name: {m: s for m, s in times[group.name].items() if m in group.choices}
+        if policy == "auto"
+        else {choices[group.name].method: 0.0}
+        for group in costs.groups
+    }
+    return _within(schedule, choices, among, again, rest, made, written, policy, batch_size, budget)
 
 
 LOOSE, UNSEEN = 1.1, 0.04
@@ -103,10 +98,12 @@ def _within(
     times: Times,
     again: Callable[[], Sequence[float]],
     rest: Callable[[], float],
+    made: Callable[[Mapping[str, Choice], Sequence[int], Memory | None], Plan],
+    written: Callable[[Plan], float] | None,
     policy: str,
     batch_size: int,
     budget: float | None,
-) -> tuple[dict[str, Choice], Memory, Sequence[int]]:
+) -> Plan:
     """The choices as they are if they fit; else the fastest that do, and the segments that are computed again."""
     plain, compiled = schedule.plain().peak(batch_size), math.inf
     if budget is None:
@@ -115,19 +112,13 @@ def _within(
     else:
         asked = budget * plain if budget < FACTOR_BELOW else budget
     methods = {name: choice.method for name, choice in choices.items()}
-    peak = schedule.private(methods).peak(batch_size)
-    fits = peak <= asked and schedule.compiled().private(methods).peak(batch_size) <= compiled
-    if fits or policy != "auto":
-        return dict(choices), Memory(plain, peak, asked if policy == "auto" else math.inf), ()
-    seconds = again()
-    found = schedule.fit(times, batch_size, asked, seconds, compiled)
-    if compiled < math.inf:
-        fastest = _seconds(Fitted(methods, peak), times, seconds)
-        price, bearable = _seconds(found, times, seconds), DEAR * (fastest + rest())
-        if not found.methods or price > fastest + bearable:
-            alone = schedule.fit(times, batch_size, asked, seconds)
-            if not found.methods or price > _seconds(alone, times, seconds) + bearable:
-                found = alone
+    found = fastest = Fitted(methods, schedule.private(methods).peak(batch_size))
+    if policy != "auto":
+        return made(choices, (), Memory(plain, found.peak, math.inf))
+    seconds: Sequence[float] = ()
+    if found.peak > asked:
+        seconds = again()
+        found = schedule.fit(times, batch_size, asked, seconds)
     if not found.methods:
         least = schedule.least(times, batch_size, again=True)
         if budget is not None:
@@ -140,7 +131,21 @@ def _within(
         asked = SPARE * least.peak
         found = schedule.fit(times, batch_size, asked, seconds)
         found = found if found.methods else least
-    return _fitted(found, choices, times), Memory(plain, found.peak, asked, found.proven), found.again
+
+    def plan_of(found: Fitted) -> Plan:
+        return made(_fitted(found, choices, times), found.again, Memory(plain, found.peak, asked, found.proven))
+
+    plan = plan_of(found)
+    if schedule.compiled().private(found.methods, found.again).peak(batch_size) <= compiled:
+        return plan
+    if written is not None and written(plan) <= compiled:
+        return plan
+    seconds = seconds or again()
+    smaller = schedule.fit(times, batch_size, asked, seconds, compiled)
+    bearable = DEAR * (_seconds(fastest, times, seconds) + rest())
+    if smaller.methods and _seconds(smaller, times, seconds) <= _seconds(found, times, seconds) + bearable:
+        return plan_of(smaller)
+    return plan
 
 
 def _seconds(found: Fitted, times: Times, again: Sequence[float]) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import fx
 
 from dpcompile.budget import Schedule, Segment, Use
 from dpcompile.clipping import Clipping
+from dpcompile.inline import PHASE
 from dpcompile.ir import Backward, InputKind, OutputKind, Program, ancestors
 from dpcompile.memory import Bytes, Life, Root, Storages, Timeline, lives_of
 from dpcompile.passes.combine import GroupReader
@@ -141,6 +143,37 @@ def _fusible(order: Sequence[fx.Node], storages: Storages) -> frozenset[Root]:
         elif own:  # a view reads nothing
             called |= {root for source in node.all_input_nodes for root in storages.of(source)}
     return frozenset(made - called)
+
+
+def peak_when_compiled(forward: Program, sums: Program | None, batch_size: int) -> float:
+    """Bytes that a fused step takes at most as graphs for a compiler, about: each op as soon as what it reads is there,
+    what is fusible nowhere. `sums` reads what `forward` has left for it.
+    """
+    peaks = [_peak(_norms_early(forward), (), batch_size)]
+    if sums is not None:
+        between = {i.node for i in sums.inputs} - {i.node for i in forward.inputs}
+        peaks.append(_peak(sums, between, batch_size))
+    return max(peaks)
+
+
+def _peak(program: Program, between: Collection[str], batch_size: int) -> float:
+    inputs = tuple(i for i in program.inputs if i.node not in between)
+    storages = Storages(replace(program, inputs=inputs))  # those between are memory like any other
+    order = [node for node in program.graph.nodes if node.op != "placeholder" or node.name in between]
+    fusible = _fusible(order, storages)
+    lives = lives_of(storages, order, {node.name: i for i, node in enumerate(order)})
+    return Timeline.of((life for root, life in lives.items() if root not in fusible), len(order)).peak(batch_size)
+
+
+def _norms_early(program: Program) -> Program:
+    """Norms, and gradients that are kept, right behind what they are taken of: of a tied weight use by use."""
+    program = program.copy()
+    for node in list(program.graph.nodes):
+        if node.meta.get(PHASE) == "norm" and node.all_input_nodes:
+            last = max(node.all_input_nodes, key=lambda source: source._sort_key)
+            if last.op != "placeholder":
+                last.append(node)
+    return program
 
 
 SEGMENTS = 8
