@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from dpcompile import dpcompile
 from dpcompile.certified import dropped_norm, ghost_norm, kept_norm
-from dpcompile.forms import Form, OneHot, Outer, Patched, explicit, in_float64, weighted_sum, weighted_sum_kept
+from dpcompile.forms import (
+    Form,
+    OneHot,
+    Outer,
+    Patched,
+    explicit,
+    in_float64,
+    weighted_sum,
+    weighted_sum_kept,
+    weighted_sums,
+)
 from dpcompile.patches import Window
 
 ALLOWED = 1 + 4 * torch.finfo(torch.float32).eps
@@ -192,6 +202,42 @@ def test_no_look_ups_contribute_more_than_their_share(
     signs = (-1.0) ** torch.arange(len(cols))[:, None]
     form = OneHot(torch.randint(table, (1, len(cols))), (signs * cols)[None], (table, d))
     assert max(ratios(form, 1.0).values()) <= ALLOWED
+
+
+@search
+@given(
+    trick=st.sampled_from(TRICKS),
+    again=st.sampled_from(TRICKS),
+    length=st.sampled_from([1, 2, 64, 1000]),
+    more=st.sampled_from([1, 30, 3000]),
+    table=st.sampled_from([1, 3, 50]),
+    d=st.sampled_from([1, 7, 64]),
+    seed=st.integers(0, 10**6),
+)
+def test_no_tied_table_contributes_more_than_its_share(
+    trick: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    again: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    length: int,
+    more: int,
+    table: int,
+    d: int,
+    seed: int,
+) -> None:
+    """Many look-ups that are added, one by one, to the sum of a dense use: they take away what it has given."""
+    torch.manual_seed(seed)
+    rows, cols = trick(torch.randn(length, table), torch.randn(length, d))
+    dense = Outer(rows[None, None], cols[None, None], (table, d), (0,), (1,))
+    whole = explicit(in_float64(dense))[0]
+    _, looked_up = again(torch.randn(more, 1), torch.randn(more, d))
+    index = torch.randint(table, (1, len(looked_up)))
+    share = index[0].bincount(minlength=table).double()[index[0]].unsqueeze(1)
+    taken = -(whole[index[0]] / share).float() + 1e-6 * looked_up * whole.norm().float() / len(looked_up)
+    forms = [dense, OneHot(index, taken[None], (table, d))]
+    for norm in (ghost_norm(forms), dropped_norm(forms)):
+        factor = (1.0 / norm_of(norm).double()).clamp(max=1.0)
+        factor = torch.where(norm_of(norm).isfinite(), factor, 0).float()
+        made = weighted_sums(forms, factor, norm_of(norm).isfinite())
+        assert made.double().norm().item() <= ALLOWED
 
 
 def test_a_plain_gram_is_deceived() -> None:

@@ -24,6 +24,7 @@ from dpcompile.forms import (
     segment_sums,
     transposed,
     weighted_sum,
+    weighted_sums,
 )
 
 check = settings(max_examples=40, deadline=None, derandomize=True)
@@ -116,6 +117,33 @@ def test_weighted_sum_is_the_weighted_sum(
     for form in [*some_forms(seed, batch, length, rows, cols), grouped(batch, groups, length, rows, cols)]:
         weight = _randn(batch)
         torch.testing.assert_close(weighted_sum(form, weight), torch.tensordot(weight, written_out(form), 1))
+
+
+@check
+@given(seed=seeds, batch=batches, length=sizes, rows=sizes, cols=sizes, uses=st.sets(st.integers(0, 4), min_size=1))
+def test_weighted_sums_are_those_of_all_uses(
+    seed: int, batch: int, length: int, rows: int, cols: int, uses: set[int]
+) -> None:
+    """Also where look-ups are added to what others give, as rows of the matrix or of its transpose."""
+    first, *_ = forms = some_forms(seed, batch, length, rows, cols)
+    looked_up = onehot(batch, length, cols, rows)
+    forms += [transposed(looked_up, (1, 0)), outer(batch, length, rows, cols)]
+    chosen = [form for i, form in enumerate(forms) if i in uses and form.shape == first.shape] or [first]
+    weight, finite = _randn(batch), torch.rand(batch) < 0.7
+    kept = torch.where(finite, weight, 0)
+    wanted = sum(torch.tensordot(kept, written_out(form), 1) for form in chosen)
+    torch.testing.assert_close(weighted_sums(merge(chosen), weight, finite), wanted)
+
+
+def test_equal_places_of_narrow_look_ups_are_added_up_in_float32() -> None:
+    cols = torch.full((1, 513, 4), -0.5, dtype=torch.bfloat16)
+    cols[0, 0] = 256
+    form = OneHot(torch.zeros(1, 513, dtype=torch.int64), cols, (3, 4))
+    assert not weighted_sum(form, torch.ones(1)).any()
+    dense = Outer(
+        torch.zeros(1, 1, 1, 3, dtype=torch.bfloat16), torch.zeros(1, 1, 1, 4, dtype=torch.bfloat16), (3, 4), (0,), (1,)
+    )
+    assert not weighted_sums([dense, form], torch.ones(1)).any()
 
 
 @check
@@ -213,7 +241,7 @@ def test_positions_of_a_crowd_that_cancel_are_seen_through(uses: tuple[int, ...]
     for square, error in (ghost_norm(chosen), dropped_norm(chosen)):
         torch.testing.assert_close(square.sqrt() + error.sqrt(), norms, rtol=1e-3, atol=0)
     weight = torch.rand(batch)
-    found = sum(weighted_sum(form, weight) for form in merge(chosen)).double()
+    found = weighted_sums(merge(chosen), weight).double()
     wanted = torch.tensordot(weight.double(), truth, 1)
     assert (found - wanted).norm() < 1e-4 * wanted.norm()
 

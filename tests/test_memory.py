@@ -33,6 +33,7 @@ from dpcompile.largest import largest_batches
 from dpcompile.live_memory import peak_of
 from dpcompile.memory import timeline
 from dpcompile.passes.choose_norms import modelled
+from dpcompile.passes.follow_memory import peak_when_compiled
 from dpcompile.plan import Method, Times
 from dpcompile.runtime import DPModule
 from dpcompile.tuning import Tuner
@@ -252,6 +253,39 @@ def test_an_estimate_is_not_paid_for_with_much_time(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(choose_norms, "DEAR", math.inf)
     assert analysis.plan(device=CPU).choices["3.weight"].method is Method.STREAMED
     assert alone.choices["3.weight"].method.keeps
+
+
+def test_a_fused_plan_is_held_against_its_graph_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients of a tied head can be kept as soon as its output gradient is there, which then need not wait for
+    the look-ups; the schedule has both until the end."""
+    monkeypatch.setattr(choose_norms, "SMALL", 0.0)
+    torch.manual_seed(0)
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = nn.Embedding(400, 32)
+            self.wide = nn.Sequential(nn.Linear(32, 640), nn.Tanh(), nn.Linear(640, 32))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return F.linear(self.wide(self.tokens(ids)), self.tokens.weight)
+
+    def texts(logits: Tensor, ids: Tensor) -> Tensor:
+        return F.cross_entropy(logits.transpose(1, 2), ids, reduction="none").mean(1)
+
+    ids = torch.randint(400, (2, 64))
+    analysis = prove(Tied(), ids, loss_fn=texts, sample_targets=ids).conclude()
+    schedule, plan = analysis.schedule(), analysis.plan(device=CPU)
+    methods = {name: choice.method for name, choice in plan.choices.items()}
+    limit = 1.06 * schedule.compiled().plain().peak(2)
+    emitted = analysis.emit(plan)
+    assert methods["tokens.weight"].keeps
+    assert schedule.compiled().private(methods).peak(2) > limit
+    assert peak_when_compiled(emitted.compiled, emitted.sums, 2) <= limit
+    monkeypatch.setattr(Analysis, "_peak_when_compiled", lambda *_: math.inf)
+    monkeypatch.setattr(choose_norms, "DEAR", math.inf)
+    smaller = {name: choice.method for name, choice in analysis.plan(device=CPU).choices.items()}
+    assert schedule.compiled().private(smaller).peak(2) <= limit
 
 
 def test_a_budget_is_kept_and_the_gradients_are_the_same() -> None:
