@@ -50,6 +50,7 @@ def calibrated(device: torch.device, *, rounds: int = 7) -> DeviceSpec:
         s_per_maximum=maximum,
         convolution_flops_per_s=_of_convolutions(16, 128, LONG, device, rounds),
         few_flops_per_s=_of_convolutions(32, 512, FEW, device, rounds),
+        strided_flops_per_s=_of_convolutions(16, 128, LONG // 2, device, rounds, stride=2),
     )
 
 
@@ -62,15 +63,18 @@ def _of_kernels(device: torch.device, rounds: int) -> float:
     return len(rows) * 128 * 129 * (rows.shape[2] + cols.shape[2]) / taken
 
 
-def _of_convolutions(samples: int, channels: int, side: int, device: torch.device, rounds: int) -> float:
-    """Forward and backward of kernels of 3 x 3."""
-    images = torch.randn(samples, channels, side, side, device=device)
+def _of_convolutions(
+    samples: int, channels: int, side: int, device: torch.device, rounds: int, *, stride: int = 1
+) -> float:
+    """Forward and backward of kernels of 3 x 3, whose results have that side."""
+    images = torch.randn(samples, channels, stride * side, stride * side, device=device)
+    grad = torch.randn(samples, channels, side, side, device=device)
     kernel = torch.randn(channels, channels, 3, 3, device=device)
-    how = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    how = ([stride] * 2, [1, 1], [1, 1], False, [0, 0], 1)
 
     def step() -> None:
         torch.ops.aten.convolution(images, kernel, None, *how)
-        torch.ops.aten.convolution_backward(images, images, kernel, None, *how, [True, True, False])
+        torch.ops.aten.convolution_backward(grad, images, kernel, None, *how, [True, True, False])
 
     return 3 * 2 * samples * side**2 * kernel.numel() / _median(step, device, rounds)
 

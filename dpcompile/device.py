@@ -33,6 +33,7 @@ class DeviceSpec:
     s_per_maximum: float = 0.0  # of an element of pooling's result
     convolution_flops_per_s: float = 0.0  # sustained rate of convolutions with rows of LONG positions; 0: of products
     few_flops_per_s: float = 0.0  # the same with rows of FEW
+    strided_flops_per_s: float = 0.0  # the same with strides and rows of LONG / 2; 0: as without strides
 
     def time_s(self, flops: float, bytes_moved: float, calls: float = 0) -> float:
         """Arithmetic, memory traffic and calls one after the other: an upper bound, the same for every candidate."""
@@ -49,12 +50,16 @@ class DeviceSpec:
         share = NARROW / max(side, NARROW)
         return 1 / ((1 - share) / self.flops_per_s + share / self.narrow_flops_per_s)
 
-    def convolution_rate(self, row: float) -> float:
+    def convolution_rate(self, row: float, *, strided: bool = False) -> float:
         """Flops per second of a convolution by the positions of a row.
 
         These share what it takes to load and store sums: by 1 / row between the two rates that are known. Shorter and
-        longer rows are taken for the nearer of the two.
+        longer rows are taken for the nearer of the two. With strides, memory is not read in order: of the rate without
+        them, the same part at every length.
         """
+        if strided and self.strided_flops_per_s:
+            half = LONG // 2
+            return self.convolution_rate(row) * self.strided_flops_per_s / self.convolution_rate(half)
         if not (self.convolution_flops_per_s and self.few_flops_per_s):
             return self.flops_per_s
         share = (1 / min(max(row, FEW), LONG) - 1 / LONG) / (1 / FEW - 1 / LONG)
@@ -64,8 +69,8 @@ class DeviceSpec:
 # Sustained on two cores of a server CPU with AVX-512: sgemm 4096^3, a copy of 1 GB, a small convolution's backward, a
 # sum of small tensors and one that two threads share, attention of 64 heads over 128 positions, sgemm 32 x 256 x 1024,
 # ghost norms by a kernel, tanh and max-pooling of millions of elements. The rates of convolutions are not measured:
-# they are that of products with what short rows of positions were seen to cost in whole steps.
-CPU = DeviceSpec("cpu", 1.5e11, 1.2e10, 1.5e-4, 3e-6, 5e-5, 4.5e10, 7e10, 9e10, 2e-9, 3e-9, 1.4e11, 9.5e10)
+# they are that of products with what short rows of positions and strides were seen to cost in whole steps.
+CPU = DeviceSpec("cpu", 1.5e11, 1.2e10, 1.5e-4, 3e-6, 5e-5, 4.5e10, 7e10, 9e10, 2e-9, 3e-9, 1.4e11, 9.5e10, 6.5e10)
 # Data sheets at 60 % of the peaks, float32 without TF32: H100 SXM 67e12 and HBM3 3.35e12 B/s, A100 19.5e12 and 2.0e12.
 CUDA = DeviceSpec("cuda", 4.0e13, 2.0e12, 1e-5, 5e-6)
 NAMED = {

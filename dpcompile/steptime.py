@@ -31,8 +31,6 @@ aten = torch.ops.aten
 
 _LAID_OUT = (aten.convolution.default, convolution, aten.convolution_backward.default)
 """Ops of oneDNN that bring images and weight into an order of their own, and the result back: as much traffic again."""
-_STRIDED = 2
-"""Times its flops that a convolution with strides takes about, as it does not run through memory in order."""
 _OURS = (*kernels.OPS, patches.OP, patches.SQUARES, patches.SUM)
 
 
@@ -58,7 +56,7 @@ def times(program: Program, device: DeviceSpec, batch_size: int) -> dict[fx.Node
         moved = sum(storages.size_of(tensor).at(batch_size) for tensor in tensors)
         elements = storages.size_of(tensors[0]).at(batch_size) / tensors[0].element_size()
         laid_out = node.target in _LAID_OUT and device.s_per_fork > 0  # on a CPU
-        flops = _number(flops_of(node), sizes) * (_STRIDED if laid_out and _strided(node) else 1)
+        flops = _number(flops_of(node), sizes)
         rate = _rate(node, device, sizes)
         shared = bool(flops) or elements >= FORK
         slow = elements * _slow(device).get(node.target, 0.0)
@@ -74,7 +72,7 @@ def _rate(node: fx.Node, device: DeviceSpec, sizes: Mapping[sympy.Symbol, int]) 
     if (node.target in _OURS or by_kernel(node)) and device.kernel_flops_per_s:
         return device.kernel_flops_per_s
     if node.target in _LAID_OUT:
-        return device.convolution_rate(_row(node, sizes))
+        return device.convolution_rate(_row(node, sizes), strided=_strided(node))
     sides = [_number(size_of(side), sizes) for side in sides_of(node)]
     return device.product_rate(min(sides)) if sides else device.flops_per_s
 

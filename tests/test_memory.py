@@ -433,7 +433,7 @@ def test_calibrated_rates_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert spec.name == device_name(torch.device("cpu"))
     assert 1e8 < spec.flops_per_s < 1e14
     assert 1e8 < spec.bytes_per_s < 1e13
-    assert all(1e8 < rate < 1e14 for rate in (spec.convolution_flops_per_s, spec.few_flops_per_s))
+    assert all(1e8 < rate < 1e14 for rate in (spec.convolution_flops_per_s, spec.few_flops_per_s, spec.strided_flops_per_s))
     model, sample = perceptron()
     analysis = prove(model, sample).conclude()
     assert analysis.plan().device == spec
@@ -460,6 +460,10 @@ def test_convolutions_have_their_rate_by_the_positions_of_a_row(few: float) -> N
     assert between == sorted(between, reverse=few > 1e11)
     assert 1 / spec.convolution_rate(64 / 9) == pytest.approx((1e-11 + 1 / few) / 2)  # 1 / row half way
     assert DeviceSpec("other", 2e11, 1e10).convolution_rate(8) == 2e11
+    strided = replace(spec, strided_flops_per_s=spec.convolution_rate(LONG // 2) / 3)
+    for row in (FEW, 8, LONG):
+        assert strided.convolution_rate(row, strided=True) == pytest.approx(spec.convolution_rate(row) / 3)
+        assert strided.convolution_rate(row) == spec.convolution_rate(row) == spec.convolution_rate(row, strided=True)
 
 
 # ---------------------------------------------------------------- what is saved for the backward
