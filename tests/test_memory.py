@@ -433,7 +433,8 @@ def test_calibrated_rates_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert spec.name == device_name(torch.device("cpu"))
     assert 1e8 < spec.flops_per_s < 1e14
     assert 1e8 < spec.bytes_per_s < 1e13
-    assert all(1e8 < rate < 1e14 for rate in (spec.convolution_flops_per_s, spec.few_flops_per_s, spec.strided_flops_per_s))
+    convolutions = (spec.convolution_flops_per_s, spec.few_flops_per_s, spec.strided_flops_per_s)
+    assert all(1e8 < rate < 1e14 for rate in convolutions)
     model, sample = perceptron()
     analysis = prove(model, sample).conclude()
     assert analysis.plan().device == spec
