@@ -24,10 +24,10 @@ def sum_gamma(form: Outer | OneHot | Patched, later: int | torch.SymInt = 0) -> 
 
 def sum_gammas(forms: Sequence[Outer | OneHot | Patched | Explicit]) -> list[float]:
     """The same for each of several uses, to which look-ups are added (forms.weighted_sums); of `Explicit`, 0."""
-    later = sum(length_of(form) for form in forms if isinstance(form, OneHot) and added_onto(form, forms))
+    terms = [length_of(form) if isinstance(form, OneHot) and added_onto(form, forms) else 0 for form in forms]
     return [
-        0.0 if isinstance(form, Explicit) else sum_gamma(form, 0 if isinstance(form, OneHot) else later)
-        for form in forms
+        0.0 if isinstance(form, Explicit) else sum_gamma(form, sum(terms) - own)
+        for form, own in zip(forms, terms, strict=True)
     ]
 
 

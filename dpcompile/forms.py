@@ -327,10 +327,11 @@ def weighted_sums(
     """The same of several uses. Look-ups are added to the sum of the others where that is in memory, and not first to
     zeros: a table is as large as a model's other parameters together.
     """
-    into = [form for form in forms if isinstance(form, OneHot) and added_onto(form, forms)]
-    total = added([weighted_sum(form, weight_B, finite_B, streamed=streamed) for form in forms if form not in into])
-    for form in into:
-        total = _looked_up(form, total, weight_B, finite_B)
+    apart = [form for form in forms if not added_onto(form, forms)]
+    total = added([weighted_sum(form, weight_B, finite_B, streamed=streamed) for form in apart])
+    for form in forms:
+        if isinstance(form, OneHot) and added_onto(form, forms):
+            total = _looked_up(form, total, weight_B, finite_B)
     return total
 
 

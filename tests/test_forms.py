@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpcompile import forms as forms_module
+from dpcompile.bounds import sum_gamma, sum_gammas
 from dpcompile.certified import dropped_norm, ghost_norm, sq_norm
 from dpcompile.forms import (
     CROWD,
@@ -133,6 +134,16 @@ def test_weighted_sums_are_those_of_all_uses(
     kept = torch.where(finite, weight, 0)
     wanted = sum(torch.tensordot(kept, written_out(form), 1) for form in chosen)
     torch.testing.assert_close(weighted_sums(merge(chosen), weight, finite), wanted)
+
+
+def test_look_ups_of_a_table_and_of_its_transpose_are_added_to_one_sum() -> None:
+    torch.manual_seed(0)
+    forms = [outer(3, 4, 5, 6), onehot(3, 4, 5, 6), transposed(onehot(3, 4, 6, 5), (1, 0))]
+    weight = _randn(3)
+    wanted = sum(torch.tensordot(weight, written_out(form), 1) for form in forms)
+    torch.testing.assert_close(weighted_sums(forms, weight), wanted)
+    dense, first, second = sum_gammas(forms)
+    assert dense > first == second > sum_gamma(forms[1])  # what was there before is rounded again with every term
 
 
 def test_equal_places_of_narrow_look_ups_are_added_up_in_float32() -> None:
