@@ -189,13 +189,17 @@ def explicit_sum(forms: Sequence[Form]) -> torch.Tensor:
 
 
 def _scattered(form: OneHot, grad: torch.Tensor) -> torch.Tensor:
-    """[B, *shape]: a gradient to which those of a look-up are added."""
+    """[B, *shape]: a gradient to which those of a look-up are added.
+
+    From the last position to the first: in the order in which they are made, inductor would make them in the same loop,
+    and hold what they are made of beside the gradient until then, which of a tied table is the peak.
+    """
     order = (*form.row_dims, *form.col_dims)
     table_BVd = grad.permute(0, *(1 + dim for dim in order)).flatten(2)
     batch, rows = table_BVd.shape[:2]
     first_B1 = torch.arange(batch, device=grad.device).unsqueeze(1) * rows
-    index = (form.index_BT + first_B1).flatten()
-    added_to = table_BVd.flatten(0, 1).index_add(0, index, form.cols_BTd.flatten(0, 1))
+    index, cols = (form.index_BT + first_B1).flip(1), form.cols_BTd.flip(1)
+    added_to = table_BVd.flatten(0, 1).index_add(0, index.flatten(), cols.flatten(0, 1))
     return _to_shape(added_to.unflatten(0, (batch, rows)), form, batched=True)
 
 
