@@ -32,6 +32,7 @@ from dpcompile.passes.estimate_costs import estimate_costs
 from dpcompile.passes.find_sites import find_sites
 from dpcompile.passes.fix_batch import fix_batch
 from dpcompile.passes.follow_memory import follow_memory, peak_when_compiled
+from dpcompile.passes.fuse_group_norms import fuse_group_norms
 from dpcompile.passes.fuse_products import fuse_products
 from dpcompile.passes.insert_norms import insert_norms
 from dpcompile.passes.keep_layouts import keep_layouts
@@ -70,6 +71,7 @@ REWRITES: tuple[Rewrite, ...] = (
     part_gradients,  # that tidy has made one
     spare_masks,  # of the marks that tidy has merged
     fuse_products,  # that tidy has left apart
+    fuse_group_norms,  # with sums that fuse_products has written
     keep_layouts,
     pool_by_rows,
     scale_in_place,  # when the order of ops is settled

@@ -66,7 +66,7 @@ class Chain(nn.Module):
                 held.append(number)
                 addresses.append(ctypes.addressof(number))
                 continue
-            if type(x) not in _PLAIN or x.dtype is not dtype or not x.is_cpu:  # type: ignore[union-attr]
+            if type(x) not in native.PLAIN or x.dtype is not dtype or not x.is_cpu:  # type: ignore[union-attr]
                 return self._ops(*given)
             x = x.contiguous()  # type: ignore[union-attr]
             if x.numel() != (lines * samples if batched else lines):
@@ -79,6 +79,3 @@ class Chain(nn.Module):
         ]
         native.chain(self._steps, samples, addresses, [x.data_ptr() for x in results])
         return results
-
-
-_PLAIN = (torch.Tensor, nn.Parameter)

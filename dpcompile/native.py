@@ -30,6 +30,8 @@ SPAN = 128
 """Products that are added up one after the other; the sums of longer ones are added in turn. As tiles.cpp has it."""
 PANELS, LINES = 3, 4
 """Registers beside one another, and lines of them, that are added up before float64 takes over. As tiles.cpp has it."""
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Tensors whose numbers are where they say: not those of subclasses, nor of a trace."""
 LANES = 64
 """Roundings that adding up lanes and parts of the work takes at most, in float64."""
 
@@ -196,6 +198,38 @@ def products(
         kernel = getattr(found, f"products_{_short(x.dtype)}")
         kernel((ctypes.c_int64 * 4)(*parts), *given, torch.get_num_threads(), ctypes.c_void_p(out.data_ptr()))
     return out
+
+
+def group_norm_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor | None,
+    sizes: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The input's gradient, and for every channel of a sample [N, C] the sums of x grad and of grad.
+
+    `sizes`: N, C, numbers of a channel, groups; images of N C numbers of a channel, what the forward kept of N groups.
+
+    Raises:
+        RuntimeError: numbers do not fit.
+    """
+    found = library()
+    assert found is not None
+    samples, channels, size, groups = sizes
+    images, kept = samples * channels * size, samples * groups
+    counts = ((grad, images), (x, images), (mean, kept), (rstd, kept), (weight, channels))
+    for tensor, count in counts:
+        if tensor is not None and (tensor.numel() != count or tensor.dtype is not x.dtype):
+            raise RuntimeError(f"group norm: {tensor.dtype}{list(tensor.shape)} is not {x.dtype} of {count} numbers")
+    out, (products, sums) = torch.empty_like(x), x.new_empty((2, samples, channels))
+    if kept:
+        kernel = getattr(found, f"group_norm_backward_{_short(x.dtype)}")
+        given = [None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor, _ in counts]
+        results = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (out, products, sums)]
+        kernel((ctypes.c_int64 * 4)(*sizes), *given, torch.get_num_threads(), *results)
+    return out, products, sums
 
 
 def max_pool(

@@ -31,7 +31,7 @@ def summed(
 
     Shift and scale, where there are any, have one number for each place of the first `lead(x.dim(), dims)` dimensions.
     """
-    if x.numel() >= FEW and _native([t for t in (x, shift, scale, grad) if t is not None]):
+    if x.numel() >= FEW and is_native([t for t in (x, shift, scale, grad) if t is not None]):
         sizes = [1 if dim in dims else size for dim, size in enumerate(x.shape) if keepdim or dim not in dims]
         return native.products(x, shift, scale, grad, _parts(x.shape, dims)).reshape(sizes)
     product = x if shift is None else x - shift
@@ -39,10 +39,10 @@ def summed(
     return (product * grad).sum(list(dims), keepdim)
 
 
-def _native(tensors: Sequence[torch.Tensor]) -> bool:
+def is_native(tensors: Sequence[torch.Tensor]) -> bool:
     if torch.compiler.is_compiling() or native.library() is None:
         return False
-    return all(type(x) is torch.Tensor and x.device.type == "cpu" and x.is_contiguous() for x in tensors)
+    return all(type(x) in native.PLAIN and x.device.type == "cpu" and x.is_contiguous() for x in tensors)
 
 
 def _cuts(rank: int, dims: Sequence[int]) -> tuple[int, int, int] | None:

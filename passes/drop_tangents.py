@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dpcompile import joined, kernels, patches, settled
+from dpcompile import group_norm, joined, kernels, patches, settled
 from dpcompile.finite import finite_rows, product, weighted_rows
 from dpcompile.ir import InputKind, OutputKind, Program
 from dpcompile.passes.scale_in_place import copied
@@ -93,7 +93,7 @@ def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
     packet = getattr(node.target, "overloadpacket", None)
     if packet in _PRODUCTS:
         return True
-    if node.target in (finite_rows, twice):
+    if node.target in (finite_rows, twice, group_norm.backward):
         return first in zeros
     if node.target is product:
         return first in zeros or node.args[1] in zeros

@@ -21,19 +21,12 @@ from dpcompile.shapes import is_one, size_of
 
 aten = torch.ops.aten
 
-_TYPES = (torch.float32, torch.float64)
+FLOATS = (torch.float32, torch.float64)
 
 
 def fuse_products(draft: Draft, order: Order) -> Draft:
-    """The program with `products.summed` in the place of such sums in its backward; the forward stays bit for bit.
-
-    So does what is computed twice, where one of both might be left as it is: a clipped sum has to read what its norm
-    was taken of.
-    """
-    program = draft.program
-    once = {
-        node for node in backward_of(program) if node.meta.get(PHASE) != "sum" and node.name not in order.plan.again
-    }
+    """The program with `products.summed` in the place of such sums in its backward."""
+    program, once = draft.program, once_in_backward(draft, order)
     for node in program.graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
         found = _factors(node) if node in once else None
         if found is not None:
@@ -42,10 +35,20 @@ def fuse_products(draft: Draft, order: Order) -> Draft:
     return replace(draft, program=program)
 
 
+def once_in_backward(draft: Draft, order: Order) -> set[fx.Node]:
+    """What may be computed otherwise: the forward stays bit for bit.
+
+    So does what is computed twice, where one of both might be left as it is: a clipped sum has to read what its norm
+    was taken of.
+    """
+    found = backward_of(draft.program)
+    return {node for node in found if node.meta.get(PHASE) != "sum" and node.name not in order.plan.again}
+
+
 def _factors(node: fx.Node) -> tuple[Any, ...] | None:
     """The arguments of `summed`, if the node is one."""
     product, dims, keepdim = (*node.args, False)[:3]
-    if not dims or not _alone(product, aten.mul.Tensor) or node.meta["val"].dtype not in _TYPES:
+    if not dims or not _alone(product, aten.mul.Tensor) or node.meta["val"].dtype not in FLOATS:
         return None
     assert isinstance(product, fx.Node)
     assert isinstance(dims, (list, tuple))
