@@ -27,7 +27,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The input's gradient, as `aten.native_group_norm_backward`; [N, C] sums of x grad and of grad."""
     tensors = [grad, x, mean, rstd] if weight is None else [grad, x, mean, rstd, weight]
-    if x.numel() >= FEW and is_native(tensors):
+    if is_native(tensors) and x.numel() >= FEW:
         return native.group_norm_backward(grad, x, mean, rstd, weight, (samples, channels, size, groups))
     of_input, _, _ = OP(grad, x, mean, rstd, weight, samples, channels, size, groups, [True, False, False])
     places = list(range(2, x.dim()))

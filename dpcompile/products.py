@@ -31,7 +31,7 @@ def summed(
 
     Shift and scale, where there are any, have one number for each place of the first `lead(x.dim(), dims)` dimensions.
     """
-    if x.numel() >= FEW and is_native([t for t in (x, shift, scale, grad) if t is not None]):
+    if is_native([t for t in (x, shift, scale, grad) if t is not None]) and x.numel() >= FEW:
         sizes = [1 if dim in dims else size for dim, size in enumerate(x.shape) if keepdim or dim not in dims]
         return native.products(x, shift, scale, grad, _parts(x.shape, dims)).reshape(sizes)
     product = x if shift is None else x - shift

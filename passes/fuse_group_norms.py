@@ -19,8 +19,9 @@ aten = torch.ops.aten
 
 
 def fuse_group_norms(draft: Draft, order: Order) -> Draft:
-    """The program with `group_norm.backward` in the place of torch's op, twice where that runs twice, and of sums over
-    positions of the same image and gradient: behind fuse-products."""
+    """The program with `group_norm.backward` in the place of torch's op and of sums over positions of what it reads,
+    behind fuse-products. An op that runs twice is replaced both times, so that it has the same bits.
+    """
     program = draft.program
     flowing, once = backward_of(program), once_in_backward(draft, order)
     position = {node: i for i, node in enumerate(program.graph.nodes)}
@@ -29,7 +30,8 @@ def fuse_group_norms(draft: Draft, order: Order) -> Draft:
         if node in flowing and wanted == [True, False, False] and value.dtype in FLOATS and value.dim() > 2:
             there = max(position[source] for source in node.all_input_nodes)
             sums = [(at, which) for at, which in _channel_sums(node) if at in once and position[at] > there]
-            _fuse(program.graph, node, sums, min((node, *(at for at, _ in sums)), key=position.__getitem__))
+            if sums or node not in once:
+                _fuse(program.graph, node, sums, min((node, *(at for at, _ in sums)), key=position.__getitem__))
     program.graph.eliminate_dead_code()
     return replace(draft, program=program)
 
