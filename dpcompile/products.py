@@ -40,6 +40,7 @@ def summed(
 
 
 def is_native(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether sums.cpp may go through them. Asked first: a compiler that looks at sizes would guard the batch."""
     if torch.compiler.is_compiling() or native.library() is None:
         return False
     return all(type(x) in native.PLAIN and x.device.type == "cpu" and x.is_contiguous() for x in tensors)

@@ -12,7 +12,7 @@ from torch import fx
 from dpcompile import group_norm, products
 from dpcompile.ir import Draft
 from dpcompile.passes.compute_again import backward_of
-from dpcompile.passes.fuse_products import FLOATS, once_in_backward
+from dpcompile.passes.fuse_products import FLOATS, run_once
 from dpcompile.passes.rewrite import Order
 
 aten = torch.ops.aten
@@ -23,7 +23,8 @@ def fuse_group_norms(draft: Draft, order: Order) -> Draft:
     behind fuse-products. An op that runs twice is replaced both times, so that it has the same bits.
     """
     program = draft.program
-    flowing, once = backward_of(program), once_in_backward(draft, order)
+    flowing = backward_of(program)
+    once = run_once(flowing, order)
     position = {node: i for i, node in enumerate(program.graph.nodes)}
     for node in program.graph.find_nodes(op="call_function", target=group_norm.OP):
         wanted, value = node.args[9], node.meta["val"][0]

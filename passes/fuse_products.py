@@ -26,7 +26,8 @@ FLOATS = (torch.float32, torch.float64)
 
 def fuse_products(draft: Draft, order: Order) -> Draft:
     """The program with `products.summed` in the place of such sums in its backward."""
-    program, once = draft.program, once_in_backward(draft, order)
+    program = draft.program
+    once = run_once(backward_of(program), order)
     for node in program.graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
         found = _factors(node) if node in once else None
         if found is not None:
@@ -35,14 +36,13 @@ def fuse_products(draft: Draft, order: Order) -> Draft:
     return replace(draft, program=program)
 
 
-def once_in_backward(draft: Draft, order: Order) -> set[fx.Node]:
+def run_once(backward: set[fx.Node], order: Order) -> set[fx.Node]:
     """What may be computed otherwise: the forward stays bit for bit.
 
     So does what is computed twice, where one of both might be left as it is: a clipped sum has to read what its norm
     was taken of.
     """
-    found = backward_of(draft.program)
-    return {node for node in found if node.meta.get(PHASE) != "sum" and node.name not in order.plan.again}
+    return {node for node in backward if node.meta.get(PHASE) != "sum" and node.name not in order.plan.again}
 
 
 def _factors(node: fx.Node) -> tuple[Any, ...] | None:
